@@ -1,0 +1,57 @@
+"""The paper's two priors that would remove a structure."""
+
+import math
+
+import torch
+
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+
+__all__ = ["precision_window", "spike"]
+
+
+def spike(prior: LogUniform, scale: float = 1e-6) -> TruncatedLogNormal:
+    r"""Return BMRS_N's reduced prior: all mass within about ``scale`` of the prior's lower bound.
+
+    A truncated log-normal on the prior's support with location :math:`\tilde\mu = \log a` (section 3.1 of the
+    paper, with :math:`\tilde\sigma^2 = 10^{-12}`). As ``scale`` goes to 0, :math:`\Delta F` becomes the
+    Savage-Dickey density ratio :math:`\log q(a) - \log p(a)`.
+
+    Args:
+        prior: The prior on the noise.
+        scale: :math:`\tilde\sigma` > 0, in units of :math:`\log\theta`.
+
+    Raises:
+        ValueError: If ``scale`` is not a positive number.
+    """
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be a positive number, but got {scale}; the paper uses 1e-6")
+    return TruncatedLogNormal(
+        prior.log_low, torch.full_like(prior.log_low, scale), prior.log_low, prior.log_high, validate_args=False
+    )
+
+
+def precision_window(prior: LogUniform, p1: float = 8, p2: float | None = 23) -> LogUniform:
+    r"""Return BMRS_U's reduced prior: log-uniform on :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10 of the paper).
+
+    Noise below :math:`2^{-p_1}` is lost when it multiplies numbers of :math:`p_1` bits; :math:`2^{-23}` is
+    the resolution of float32.
+
+    Args:
+        prior: The prior on the noise.
+        p1: Bits that the noise must reach to matter.
+        p2: Bits below which nothing is representable; None reaches down to the prior's own lower bound, so that
+            a structure that collapsed onto it is not kept for being *too* small.
+
+    Raises:
+        ValueError: If the window is empty or reaches outside the prior's support.
+    """
+    log_high = torch.full_like(prior.log_high, -p1 * math.log(2))
+    log_low = prior.log_low if p2 is None else torch.full_like(prior.log_low, -p2 * math.log(2))
+    inside = (prior.log_low <= log_low) & (log_low < log_high) & (log_high <= prior.log_high)
+    if not bool(inside.all()):
+        raise ValueError(
+            f"the window 2^-{p2} to 2^-{p1} must not be empty and must lie within the prior's support "
+            f"[exp({prior.log_low.min():g}), exp({prior.log_high.max():g})]; choose p1 < p2, or p2=None to reach down to "
+            "the prior's bound"
+        )
+    return LogUniform(log_low, log_high, validate_args=False)
