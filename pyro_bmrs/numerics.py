@@ -45,7 +45,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 _CONTINUED_FRACTION_FROM = 3.0  # below, the plain differences lose fewer digits than the fraction needs terms
-_CONTINUED_FRACTION_TERMS = 32
+_CONTINUED_FRACTION_TERMS = 26
 _FAR = 40.0  # normal tails beyond this are zero in float64
 
 
@@ -110,12 +110,13 @@ def kl_from_uniform(distance: Tensor, width: Tensor) -> Tensor:
 
 
 def quantile(probability: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return ``x`` in ``[low, high]`` below which ``probability`` of the mass lies.
+    """Return ``x`` in ``[low, high]`` below which ``probability`` of the mass lies, in the dtype of ``loc``.
 
-    Differentiable in every argument: the gradients are the implicit ones,
-    ``dx/dloc = 1 - w_low - w_high`` with ``w_low, w_high`` in [0, 1] the pull of the two bounds.
+    ``probability`` is float64 of any shape that the others (of equal shape and dtype) broadcast to.
+    Differentiable in every argument by the implicit gradients: ``dx/dloc = 1 - w_low - w_high`` with ``w_low`` and
+    ``w_high`` in [0, 1] the pulls of the two bounds.
     """
-    x, _ = _Quantile.apply(*torch.broadcast_tensors(probability, loc, scale, low, high))
+    x, _ = _Quantile.apply(probability, loc, scale, low, high)
     return x
 
 
@@ -174,20 +175,18 @@ def _tail_ratio(distance: Tensor, width: Tensor, near: Tensor) -> Tensor:
 def _narrow_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     distance, width = distance.clamp(-1, 1e100), width.clamp(max=1)
     slope, curvature = _narrow_shape(distance, width)
-    masses = [
-        weight / 2 * torch.exp(-node * (slope + node * curvature))
-        for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True)
-    ]
-    total = sum(masses)
-    mean = sum(node * mass for node, mass in zip(_NODES.tolist(), masses, strict=True)) / total
-    central = [(node - mean, mass) for node, mass in zip(_NODES.tolist(), masses, strict=True)]
-    second = sum(mass * offset**2 for offset, mass in central) / total
-    third = sum(mass * offset**3 for offset, mass in central) / total
+    nodes, weights = (torch.as_tensor(v, dtype=width.dtype, device=width.device) for v in (_NODES, _WEIGHTS / 2))
+    masses = weights * torch.exp(-nodes * (slope.unsqueeze(-1) + nodes * curvature.unsqueeze(-1)))
+    total = masses.sum(-1)
+    masses = masses / total.unsqueeze(-1)
+    mean = (masses * nodes).sum(-1)
+    offsets = nodes - mean.unsqueeze(-1)
+    spread = masses * offsets * offsets
     half = 0.5 * width
     return Cumulants(
         mean=half * (1 + mean) + distance.clamp(max=0),
-        variance=half**2 * second,
-        third=half**3 * third,
+        variance=half**2 * spread.sum(-1),
+        third=half**3 * (spread * offsets).sum(-1),
         far_density=torch.exp(-slope - curvature) / (total * width),
     )
 
@@ -207,7 +206,8 @@ def _tail_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     distance = distance.clamp(min=0)
     near_mills = _mills(distance)
     ratio = _tail_ratio(distance, width, near_mills)
-    near, beyond = _untruncated_tail(distance), _untruncated_tail(distance + width)
+    both = _untruncated_tail(torch.stack([distance, distance + width]))
+    near, beyond = (Cumulants(*(value[i] for value in both)) for i in range(2))
     kept = 1 / (1 - ratio)
     lost = ratio * kept
     # Where nothing lies beyond the far bound its moments do not matter, and may overflow.
@@ -230,8 +230,8 @@ def _untruncated_tail(start: Tensor) -> Cumulants:
     E' = E(E - F), and none of them cancels however far the tail is.
     """
     far = start.clamp(_CONTINUED_FRACTION_FROM, 1e100)
-    f_far = torch.zeros_like(far)
-    for k in range(_CONTINUED_FRACTION_TERMS, 2, -1):
+    f_far = 0.5 * (torch.sqrt(far * far + 4 * _CONTINUED_FRACTION_TERMS) - far)  # the fraction's rest, nearly
+    for k in range(_CONTINUED_FRACTION_TERMS - 1, 2, -1):
         f_far = k / (far + f_far)
     e_far = 2 / (far + f_far)
     d_far = 1 / (far + e_far)
@@ -363,19 +363,21 @@ class _KLFromUniform(torch.autograd.Function):
 
 
 class _Quantile(torch.autograd.Function):
+    """Work on the parameters is done in float64 at their own shape, work on each draw in their dtype."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         probability: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
     ) -> tuple[Tensor, Tensor]:
-        distance, width = interval_coordinates(loc, scale, low, high)
+        parameters = (loc.double(), scale.double(), low.double(), high.double())
+        distance, width = interval_coordinates(*parameters)
         from_high = loc - high > low - loc
-        below, above = probability, 1 - probability
-        from_near, from_far = torch.where(from_high, above, below), torch.where(from_high, below, above)
-        step = _displacement(from_near, from_far, distance, width)
-        x = torch.clamp(loc, low, high) + torch.where(from_high, -step, step) * scale
-        return torch.clamp(x, low, high), step
+        step = _displacement(probability, from_high, distance, width, exact=loc.dtype == torch.float64)
+        signed_scale = torch.where(from_high, -parameters[1], parameters[1])
+        x = torch.addcmul(torch.clamp(parameters[0], *parameters[2:]), step, signed_scale).to(loc)
+        return torch.clamp(x, low, high), step.to(loc)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -386,46 +388,66 @@ class _Quantile(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         probability, loc, scale, low, high, step = ctx.saved_tensors
-        distance, width = interval_coordinates(loc, scale, low, high)
+        distance, width = interval_coordinates(loc.double(), scale.double(), low.double(), high.double())
         from_high = loc - high > low - loc
-        from_near = torch.where(from_high, 1 - probability, probability)
-        inside, outside = distance.clamp(max=0), distance.clamp(min=0)
+        from_low = probability.to(loc)
+        from_near = torch.where(from_high, 1 - from_low, from_low)
+        outside = distance.clamp(min=0)
+        drop_near = (0.5 * distance.clamp(max=0) ** 2).to(loc)
+        drop_far = (0.5 * (distance + width - outside) * (distance + width + outside)).to(loc)
+        distance, width, outside = distance.to(loc), width.to(loc), outside.to(loc)
         drop = step * (outside + 0.5 * step)  # log density at the mode less that at x
-        drop_near, drop_far = 0.5 * inside**2, 0.5 * (distance + width - outside) * (distance + width + outside)
-        pull_near = ((1 - from_near) * torch.exp((drop - drop_near).clamp(max=700))).clamp(0, 1)
-        pull_far = (from_near * torch.exp((drop - drop_far).clamp(max=700))).clamp(0, 1)
+        pull_near = ((1 - from_near) * torch.exp((drop - drop_near).clamp(max=80))).clamp(0, 1)
+        pull_far = (from_near * torch.exp((drop - drop_far).clamp(max=80))).clamp(0, 1)
         pull = pull_near + pull_far
-        grad_scale = step + outside - distance * pull - torch.where(pull_far > 0, width * pull_far, 0.0)
-        inverse_density = scale * torch.exp((drop + _log_integral(distance, width)).clamp(max=700))
-        return (
-            inverse_density * grad,
-            (1 - pull) * grad,
-            torch.where(from_high, -grad_scale, grad_scale) * grad,
-            torch.where(from_high, pull_far, pull_near) * grad,
-            torch.where(from_high, pull_near, pull_far) * grad,
+        grad_scale = step + outside - distance * pull - width * pull_far
+        low_pull, high_pull = (
+            torch.where(from_high, a, b) for a, b in ((pull_far, pull_near), (pull_near, pull_far))
         )
-
-
-def _displacement(from_near: Tensor, from_far: Tensor, distance: Tensor, width: Tensor) -> Tensor:
-    """Return the displacement from the mode at which the mass towards the near bound is ``from_near``."""
-    z = _interior_quantile(from_near, from_far, distance, width)
-    tail = _tail_quantile(from_near, from_far, distance, width)
-    flat = _flat_quantile(from_near, distance, width)
-    inside = distance.clamp(max=0)
-    step = torch.where(
-        width < _FLAT_BELOW,
-        flat + inside,
-        torch.where(distance < _CONTINUED_FRACTION_FROM, z - distance.clamp(min=0), tail),
-    )
-    return torch.clamp(step, inside, width + inside)
+        grad_probability = None
+        if ctx.needs_input_grad[0]:
+            log_mass = _log_integral(distance.double(), width.double())
+            grad_probability = scale.double() * torch.exp((drop.double() + log_mass).clamp(max=700)) * grad
+        return (
+            grad_probability,
+            ((1 - pull) * grad).sum_to_size(loc.shape),
+            (torch.where(from_high, -grad_scale, grad_scale) * grad).sum_to_size(scale.shape),
+            (low_pull * grad).sum_to_size(low.shape) if ctx.needs_input_grad[3] else None,
+            (high_pull * grad).sum_to_size(high.shape) if ctx.needs_input_grad[4] else None,
+        )
 
 
 _FLAT_BELOW = 1e-6  # widths at which rounding in the normal quantile, magnified by the scale, would show
 
 
-def _interior_quantile(from_near: Tensor, from_far: Tensor, distance: Tensor, width: Tensor) -> Tensor:
+def _displacement(probability: Tensor, from_high: Tensor, distance: Tensor, width: Tensor, exact: bool) -> Tensor:
+    """Return the displacement from the mode, towards the far bound, of the quantile at ``probability``."""
+    complement = 1 - probability
+    from_near = torch.where(from_high, complement, probability)
+    from_far = torch.where(from_high, probability, complement)
+    inside, outside = distance.clamp(max=0), distance.clamp(min=0)
+    step = _interior_quantile(from_near, from_far, distance, width, exact) - outside
+    in_tail, flat = distance > _CONTINUED_FRACTION_FROM, width < _FLAT_BELOW
+    if _may_occur(in_tail):
+        step = torch.where(in_tail, _tail_quantile(from_near, from_far, distance, width), step)
+    if _may_occur(flat):
+        step = torch.where(flat, _flat_quantile(from_near, distance, width) + inside, step)
+    return torch.clamp(step, inside, width + inside)
+
+
+def _may_occur(regime: Tensor) -> bool:
+    """Return whether a rare regime is worth computing: always where finding out would stall the device."""
+    return regime.is_cuda or bool(regime.any())
+
+
+def _interior_quantile(
+    from_near: Tensor, from_far: Tensor, distance: Tensor, width: Tensor, exact: bool
+) -> Tensor:
+    """Invert the normal CDF; without ``exact`` by erfinv, ten times faster and off by 1e-9 far out."""
     far = distance + width
     above = from_far * ndtr(-distance) + from_near * ndtr(-far)
+    if not exact:
+        return math.sqrt(2) * torch.erfinv(1 - 2 * above)
     below = from_far * ndtr(distance) + from_near * ndtr(far)
     z = ndtri(torch.minimum(above, below))
     return torch.where(above < below, -z, z)

@@ -123,11 +123,11 @@ class TruncatedLogNormal(TorchDistribution):
 
     def log_icdf(self, value: Tensor) -> Tensor:
         """Return the quantile of log(theta) at probability ``value``."""
-        return numerics.quantile(value.double(), *self.double_parameters()).to(self.loc)
+        return numerics.quantile(value.double(), self.loc, self.scale, self.log_low, self.log_high)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
-        return self.icdf(torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device))
+        return self.icdf(torch.rand(shape, dtype=torch.float64, device=self.loc.device))
 
     def _tilted_coordinates(self, order: float) -> tuple[Tensor, Tensor]:
         """Return the coordinates of the density times theta^order: its centre moves by order * scale^2."""

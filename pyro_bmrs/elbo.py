@@ -1,0 +1,145 @@
+"""The objective: the evidence lower bound of a mean-field posterior, with nothing computed to be thrown away."""
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
+
+__all__ = ["Granularity", "MeanFieldELBO"]
+
+Granularity = Literal["example", "batch", "element"]
+
+
+class MeanFieldELBO(TraceMeanField_ELBO):
+    r"""Negative evidence lower bound with the KL in closed form (eq. 3 of the paper).
+
+    .. math:: \mathcal{L} = \lambda\, KL(q(\theta) \| p(\theta)) - \frac{N}{B} \sum_{i=1}^{B} E_q[\log p(y_i \mid x_i, \theta)]
+
+    Loss and gradients are those of Pyro's ``TraceMeanField_ELBO``. With a ``TruncatedLogNormalGuide`` they come from
+    one draw and one KL for all sites; any other guide takes Pyro's own path. Use it with ``pyro.infer.SVI``, or as
+    a module: ``elbo = MeanFieldELBO()(model, guide); elbo(x, y).backward()``.
+
+    Args:
+        granularity: How often noise is drawn. ``"example"``: every example has its own, which leaves the
+            objective as it is and makes its gradient far less noisy. ``"batch"``: one draw a batch, Pyro's plain
+            meaning. ``"element"``: one for every element of a layer's input (each position of a feature map), the
+            paper's reference code. Guides other than ``TruncatedLogNormalGuide`` draw once a batch.
+        num_particles: Number of draws averaged.
+
+    Raises:
+        ValueError: If ``granularity`` is none of the three.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net, num_data=100)
+        >>> elbo = bmrs.MeanFieldELBO()(model, bmrs.TruncatedLogNormalGuide(model))
+        >>> elbo(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])).shape
+        torch.Size([])
+    """
+
+    def __init__(self, granularity: Granularity = "example", num_particles: int = 1) -> None:
+        super().__init__(num_particles=num_particles)
+        if granularity not in ("example", "batch", "element"):
+            raise ValueError(f'granularity must be "example", "batch" or "element", but got {granularity!r}')
+        self.granularity = granularity
+        self._element_shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss as a tensor of shape ``()`` to call ``backward`` on."""
+        if not isinstance(guide, TruncatedLogNormalGuide):
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+        particles = [self._particle(model, guide, *args, **kwargs) for _ in range(self.num_particles)]
+        return model.kl_weight * guide.kl() - sum(particles) / self.num_particles
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Accumulate gradients and return the loss; this is what ``SVI.step`` calls."""
+        if not isinstance(guide, TruncatedLogNormalGuide):
+            return super().loss_and_grads(model, guide, *args, **kwargs)
+        _declare_parameters(model)
+        _declare_parameters(guide)
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return the loss without gradients."""
+        if not isinstance(guide, TruncatedLogNormalGuide):
+            return super().loss(model, guide, *args, **kwargs)
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def _particle(self, model: NoisyNetwork, guide: TruncatedLogNormalGuide, *args: Any, **kwargs: Any) -> Tensor:
+        draws = self._draw(model, guide, *args, **kwargs)
+        with _ObservedLogProb() as observed, fix_noise(draws):
+            model.program(*args, **kwargs)
+        return observed.total
+
+    def _draw(
+        self, model: NoisyNetwork, guide: TruncatedLogNormalGuide, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if self.granularity == "batch":
+            return guide.draw()
+        x = inspect.signature(model.program).bind(*args, **kwargs).arguments["x"]
+        if self.granularity == "example":
+            return guide.draw((len(x),))
+        if x.shape not in self._element_shapes:
+            self._element_shapes[x.shape] = _element_shapes(model, x)
+        shapes = self._element_shapes[x.shape]
+        return {site: q.rsample(shapes[site]) for site, q in guide.posterior().items()}
+
+
+class _ObservedLogProb(Messenger):
+    """Sum the log probabilities of the observed sites, and refuse latent ones that the guide does not know."""
+
+    def __enter__(self) -> "_ObservedLogProb":
+        self.total: Tensor | float = 0.0
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["is_observed"] or msg["done"] or site_is_subsample(msg)):
+            raise ValueError(
+                f"the model has a latent site {msg['name']!r} that is not a noise layer of this guide's; write a guide "
+                "with one sample statement for every latent site"
+            )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+            self.total = self.total + log_prob.sum()
+
+
+def _declare_parameters(module: PyroModule) -> None:
+    """Read every parameter where Pyro can see it, which is how ``SVI`` finds what to optimise."""
+    with module._pyro_context:
+        for name in (*module._parameters, *module._modules):
+            getattr(module, name)
+
+
+def _element_shapes(model: NoisyNetwork, x: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return, for each site, the shape of its layer's input with the structures last and left out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(layer: MultiplicativeNoise, inputs: tuple[Tensor, ...]) -> None:
+        shapes[layer.site or ""] = tuple(inputs[0].movedim(layer.dim, -1).shape[:-1])
+
+    handles = [layer.register_forward_pre_hook(record) for layer in model.noise.values()]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad(), fix_noise({site: torch.zeros(n).to(x) for site, n in model.sizes.items()}):
+            model.net(x)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return shapes

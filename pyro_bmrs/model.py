@@ -1,0 +1,126 @@
+"""The Pyro model around a network: its noise sites, and the site of the observations."""
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_bmrs.noise import MultiplicativeNoise, noise_layers
+
+__all__ = ["Likelihood", "NoisyNetwork", "categorical"]
+
+Likelihood = Callable[[Tensor], TorchDistribution]
+
+
+def categorical(logits: Tensor) -> TorchDistribution:
+    """Return the likelihood of class labels: ``Categorical(logits=logits)``."""
+    return dist.Categorical(logits=logits)
+
+
+class NoisyNetwork(PyroModule):
+    r"""A network as a probabilistic program.
+
+    .. math:: p(y, \theta \mid x) = \prod_i p(y_i \mid f(x_i; w, \theta)) \, p(\theta)^{\lambda}
+
+    Its latent sites are the network's noise layers (``"<layer>.theta"``); the weights :math:`w` are point estimates.
+    It is an ordinary Pyro model: trace it, give it to ``SVI`` or ``Predictive``, write a guide of your own for it. A
+    guide of your own needs ``poutine.scale(scale=model.kl_weight)`` around its sites if ``kl_weight`` is not 1, since
+    Pyro's mean-field ELBO scales the KL by the guide's scale.
+
+    Args:
+        net: Network with at least one ``MultiplicativeNoise``; it is used, not copied.
+        likelihood: From the network's output to the distribution of the observations, of ``batch_shape``
+            ``(batch,)``; ``Categorical(logits=...)`` by default. A module's parameters are learned too.
+        num_data: Size :math:`N` of the data set, by which a batch's likelihood is scaled up; None takes each
+            batch for the whole data set (``fit`` fills it in).
+        kl_weight: :math:`\lambda` > 0, the weight of the KL; 1 is Bayes, more removes more.
+
+    Attributes:
+        sizes: Number of structures of each site.
+
+    Raises:
+        ValueError: If the network has no noise layers, ``num_data`` or ``kl_weight`` is not positive, or (when
+            called) the likelihood is not one distribution an example.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net, num_data=100)
+        >>> trace = poutine.trace(model).get_trace(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> trace.nodes["2.theta"]["value"].shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood | None = None,
+        num_data: int | None = None,
+        kl_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        layers = noise_layers(net)
+        if not layers:
+            raise ValueError(
+                "the network has no structures to prune: put a pyro_bmrs.MultiplicativeNoise(size) after each "
+                "activation whose neurons or filters may go"
+            )
+        if num_data is not None and num_data < 1:
+            raise ValueError(f"num_data must be the number of training examples, but got {num_data}")
+        if not kl_weight > 0:
+            raise ValueError(f"kl_weight must be positive, but got {kl_weight}; 1 is the exact ELBO")
+        for site, layer in layers.items():
+            layer.site = site
+        self.net = net
+        self._noise = layers
+        self.likelihood = categorical if likelihood is None else likelihood
+        self.num_data = num_data
+        self.kl_weight = kl_weight
+
+    @property
+    def noise(self) -> dict[str, MultiplicativeNoise]:
+        """The noise layers by site name."""
+        return self._noise
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of structures of each site."""
+        return {site: layer.size for site, layer in self.noise.items()}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which structures remain: a bool tensor of shape ``(size,)`` for each site, True = keep."""
+        return {site: layer.keep.clone() for site, layer in self.noise.items()}
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the program.
+
+        Args:
+            x: Inputs, of shape ``(batch, ...)``.
+            y: Observations, of shape ``(batch, ...)``; None samples them from the likelihood.
+
+        Returns:
+            The network's output, of shape ``(batch, ...)``.
+        """
+        return self.program(x, y)
+
+    def program(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the program without declaring the network's parameters to Pyro, which torch's optimisers need not."""
+        with poutine.scale(scale=self.kl_weight):
+            output = self.net(x)
+        batch = len(output)
+        observed = self.likelihood(output)
+        if observed.batch_shape != (batch,):
+            raise ValueError(
+                f"the likelihood must be one distribution an example, of batch_shape ({batch},), but it is a "
+                f"{type(observed).__name__} of batch_shape {tuple(observed.batch_shape)}; squeeze the output, or move "
+                "the other dimensions into the event with .to_event(k)"
+            )
+        num_data = batch if self.num_data is None else self.num_data
+        with pyro.plate("data", batch), poutine.scale(scale=num_data / batch):
+            pyro.sample("obs", observed, obs=y)
+        return output

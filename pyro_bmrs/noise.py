@@ -1,0 +1,146 @@
+"""Noise on a structure is a Pyro sample site: the module that makes it, and the handler that gives it values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_bmrs.distributions import LogUniform
+
+__all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers"]
+
+
+class MultiplicativeNoise(nn.Module):
+    r"""Multiply each structure of the input by its own noise, :math:`h_i \mapsto \theta_i h_i`.
+
+    A structure is one index along ``dim``: a neuron, a filter, a channel. Inside a ``NoisyNetwork`` the forward pass
+    makes one sample site ``"<name of this module>.theta"`` of event shape ``(size,)``; anywhere else the module
+    only applies its mask, so that the same network can be trained without noise.
+
+    Args:
+        size: Number of structures, the input's extent along ``dim``.
+        prior: Prior on :math:`\theta`, of ``batch_shape`` ``()`` or ``(size,)``; by default the paper's
+            ``LogUniform(-20, 0)``.
+        dim: Dimension of the input that indexes structures.
+
+    Attributes:
+        keep: Buffer of shape ``(size,)``, bool; False where a structure has been removed.
+
+    Raises:
+        ValueError: If ``size`` is not positive or does not fit the prior, or (when called) the input.
+
+    References:
+        Structured Bayesian Pruning via Log-Normal Multiplicative Noise (Neklyudov et al., 2017)
+        https://arxiv.org/abs/1705.07283
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+        >>> model = bmrs.NoisyNetwork(net, num_data=100)
+        >>> model.sizes
+        {'2.theta': 8}
+    """
+
+    keep: Tensor
+
+    def __init__(self, size: int, prior: TorchDistribution | None = None, dim: int = 1) -> None:
+        super().__init__()
+        if not (isinstance(size, int) and size > 0):
+            raise ValueError(f"size must be a positive integer, the number of structures, but got {size!r}")
+        prior = LogUniform() if prior is None else prior
+        if prior.event_shape or prior.batch_shape not in (torch.Size(), torch.Size([size])):
+            raise ValueError(
+                f"the prior on {size} structures must have batch_shape () or ({size},) and no event dimensions, but got "
+                f"batch_shape {tuple(prior.batch_shape)} and event_shape {tuple(prior.event_shape)}"
+            )
+        self.size, self.dim = size, dim
+        self.site: str | None = None
+        self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
+        # The prior's parameters are buffers, so that it moves between devices with the network.
+        self._prior_type = type(prior)
+        self._prior_names = tuple(prior.arg_constraints)
+        for name in self._prior_names:
+            self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
+        self._site_distribution: TorchDistribution | None = None
+
+    @property
+    def prior(self) -> TorchDistribution:
+        """The prior on theta, of ``batch_shape`` ``(size,)``, on this module's device."""
+        parameters = {name: getattr(self, f"prior_{name}") for name in self._prior_names}
+        return self._prior_type(**parameters, validate_args=False).expand([self.size])
+
+    def remove(self, removed: Tensor) -> None:
+        """Remove the structures where ``removed`` is True, on top of those removed before."""
+        self.keep.logical_and_(~removed.to(self.keep.device))
+        self._site_distribution = None
+
+    def site_distribution(self, distribution: TorchDistribution) -> TorchDistribution:
+        """Return ``distribution`` over the structures as a site declares it: removed ones count for nothing."""
+        if not bool(self.keep.all()):
+            distribution = distribution.mask(self.keep)
+        return distribution.to_event(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() <= self.dim or x.shape[self.dim] != self.size:
+            raise ValueError(
+                f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
+                f"input has shape {tuple(x.shape)}"
+            )
+        if self.site is None:
+            return x * self._aligned(self.keep.to(x), x)
+        if self._site_distribution is None:
+            self._site_distribution = self.site_distribution(self.prior)
+        theta = pyro.sample(self.site, self._site_distribution)
+        return x * self._aligned(theta * self.keep, x)
+
+    def _aligned(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Broadcast noise of shape ``(*leading, size)`` to ``x``, its leading dimensions to the first ones of ``x``."""
+        leading, size = theta.shape[:-1], theta.shape[-1]
+        spread = theta.reshape(*leading, *(1,) * (x.dim() - 1 - len(leading)), size)
+        return spread.movedim(-1, self.dim)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
+        self._site_distribution = None  # its tensors are about to move
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._site_distribution = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
+
+
+def noise_layers(net: nn.Module) -> dict[str, MultiplicativeNoise]:
+    """Return the noise layers of ``net`` by site name, in the order in which they were registered."""
+    return {
+        f"{name}.theta" if name else "theta": module
+        for name, module in net.named_modules()
+        if isinstance(module, MultiplicativeNoise)
+    }
+
+
+class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)
+    """Give the sample sites named in ``values`` those values instead of draws.
+
+    Unlike ``pyro.condition`` it does not declare them observed, and unlike ``pyro.poutine.replay`` it needs no trace.
+
+    Example:
+        >>> model = bmrs.NoisyNetwork(nn.Sequential(nn.Linear(2, 3), bmrs.MultiplicativeNoise(3)), num_data=10)
+        >>> with fix_noise({"1.theta": torch.zeros(3)}):
+        ...     model.net(torch.ones(1, 2))
+        tensor([[0., 0., 0.]], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = self.values.get(msg["name"])
+        if value is not None and not msg["is_observed"]:
+            msg["value"] = value
+            msg["done"] = True
