@@ -1,0 +1,80 @@
+"""What a network costs: parameters (of a real one, or of one still masked), floating-point operations, time."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_bmrs.structures import Structures
+
+__all__ = ["count_flops", "count_parameters", "measure_latency", "removed_positions"]
+
+
+def count_parameters(
+    net: nn.Module, structures: Mapping[str, Structures] | None = None, masks: Mapping[str, Tensor] | None = None
+) -> int:
+    """Return the number of trainable parameters, of ``net`` as it is or as its masks would leave it.
+
+    The posterior's own parameters are the guide's and do not count.
+    """
+    total = 0
+    removed = removed_positions(structures or {}, masks or {})
+    for name, module in net.named_modules():
+        out_removed, in_removed = (removed.get((name, side), None) for side in ("out", "in"))
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            count = parameter.numel()
+            if out_removed is not None:
+                count = count // len(out_removed) * int((~out_removed).sum())
+            if in_removed is not None and parameter.dim() > 1:
+                count = count // len(in_removed) * int((~in_removed).sum())
+            total += count
+    return total
+
+
+def removed_positions(
+    structures: Mapping[str, Structures], masks: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """Return, for every layer and side, which positions go: those of structures that are not kept.
+
+    A layer must not become empty, so a site that keeps none leaves its first structure, whose noise is zero.
+    """
+    removed: dict[tuple[str, str], Tensor] = {}
+    for site, parts in structures.items():
+        gone = ~masks[site].cpu()
+        gone = gone.clone()
+        gone[0] &= not bool(gone.all())
+        gone = torch.cat([gone, torch.tensor([False])])  # index -1: positions that belong to no structure stay
+        for axis in parts.axes:
+            key = (axis.module, axis.side)
+            removed[key] = removed.get(key, torch.zeros(len(axis.index), dtype=torch.bool)) | gone[axis.index]
+    return removed
+
+
+def count_flops(net: nn.Module, example_input: Tensor) -> int:
+    """Return the floating-point operations of one forward pass over ``example_input`` (2 a multiply-add)."""
+    training = net.training
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net.eval()(example_input)
+        return counter.get_total_flops()
+    finally:
+        net.train(training)
+
+
+def measure_latency(nets: Sequence[nn.Module], example_input: Tensor, rounds: int = 50) -> list[float]:
+    """Return the median seconds of a forward pass of each network, timed in interleaved rounds."""
+    times: list[list[float]] = [[] for _ in nets]
+    with torch.no_grad():
+        for _ in range(rounds + 3):
+            for net, record in zip(nets, times, strict=True):
+                start = time.perf_counter()
+                net(example_input)
+                if example_input.is_cuda:
+                    torch.cuda.synchronize()
+                record.append(time.perf_counter() - start)
+    return [statistics.median(record[3:]) for record in times]

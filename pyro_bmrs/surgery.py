@@ -1,0 +1,136 @@
+"""From masks to a smaller plain nn.Module, exactly."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.cost import removed_positions
+from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.prediction import check_masks
+from pyro_bmrs.structures import ChannelScale, Structures, find_structures, replace_module, scaled_copy
+
+__all__ = ["compact"]
+
+_TOLERANCE = 1e-4  # relative; the surgery is exact, so anything above rounding is a fault
+
+
+def compact(
+    model: NoisyNetwork,
+    guide: TruncatedLogNormalGuide,
+    masks: Mapping[str, Tensor] | None,
+    example_input: Tensor,
+) -> nn.Module:
+    r"""Return the network without the structures that the masks remove: a smaller, plain nn.Module.
+
+    Its outputs are those of ``predict(model, guide, x, masks)``: every :math:`\theta` at its posterior mean, folded
+    into the weights of the layer before it, or of the layers behind it where an activation such as tanh stands between.
+    Where neither is possible a ``ChannelScale`` remains. Noise layers become ``nn.Identity``, so that names and indices
+    of the other layers stay. A site that keeps none leaves one structure, with zero noise: layers cannot be empty.
+
+    Args:
+        model: The model; neither it nor its network is changed.
+        guide: Its guide.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
+            has not been removed so far.
+        example_input: Inputs of shape ``(batch, ...)``, to trace the network with and to check the result on.
+
+    Returns:
+        The network in eval mode, on the model's device.
+
+    Raises:
+        ValueError: If a mask does not fit, or a removed structure leaves something behind that no bias can hold.
+        RuntimeError: If the smaller network's outputs differ from the masked one's on ``example_input``.
+    """
+    masks = check_masks(model, masks)
+    source = model._modules["net"]
+    example_input = example_input.to(next(source.parameters()).device)
+    structures = find_structures(source, example_input[:2])
+    net, located = scaled_copy(source, {site: mean * masks[site] for site, mean in guide.mean().items()})
+    with torch.no_grad():
+        expected = net(example_input)
+        removed = removed_positions(structures, masks)
+        _move_constants_to_biases(net, removed, example_input)
+        for site, name in located.items():
+            net = _fold(net, name, structures[site], masks[site])
+        for (name, side), positions in removed.items():
+            _keep_positions(net.get_submodule(name), side, (~positions).nonzero().squeeze(1))
+        _check_equal(net(example_input), expected)
+    return net
+
+
+def _move_constants_to_biases(net: nn.Module, removed: Mapping[tuple[str, str], Tensor], x: Tensor) -> None:
+    """Add to each consumer's bias what it receives from structures that are about to go: f(0), often but not always 0."""
+    seen: dict[str, Tensor] = {}
+    consumers = {name: gone for (name, side), gone in removed.items() if side == "in" and gone.any()}
+    handles = [
+        net.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs[0]})  # type: ignore[misc]
+        )
+        for name in consumers
+    ]
+    net(x)
+    for handle in handles:
+        handle.remove()
+    for name, gone in consumers.items():
+        layer = net.get_submodule(name)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        received = seen[name].movedim(axis, 0).flatten(1)[gone.to(x.device)]
+        constant = received[:, 0]
+        if not received.any():
+            continue
+        padded = not isinstance(layer, nn.Linear) and any(p != 0 for p in layer.padding)
+        if padded or not torch.allclose(received, constant.unsqueeze(1).expand_as(received), atol=1e-6):
+            raise ValueError(
+                f"structures that layer {name!r} consumes cannot go: with noise zero they still send it something that "
+                "no bias can hold; put the noise directly behind the activation"
+            )
+        effect = layer.weight[:, gone.to(x.device)].flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight[:, gone.to(x.device)]
+        bias = torch.zeros(len(layer.weight)).to(layer.weight) if layer.bias is None else layer.bias
+        layer.bias = nn.Parameter(bias + effect @ constant)
+
+
+def _fold(net: nn.Module, name: str, parts: Structures, mask: Tensor) -> nn.Module:
+    """Multiply the noise of one site into weights, or keep it for the structures that remain."""
+    scale_layer = net.get_submodule(name)
+    scale = scale_layer.scale
+    if parts.producer is not None:
+        layer = net.get_submodule(parts.producer)
+        layer.weight.mul_(scale.view(-1, *(1,) * (layer.weight.dim() - 1)))
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
+    elif parts.consumers is not None:
+        for axis in parts.side("in"):
+            weight = net.get_submodule(axis.module).weight
+            factors = torch.where(axis.index.to(scale.device) >= 0, scale[axis.index.to(scale.device)], 1.0)
+            weight.mul_(factors.view(1, -1, *(1,) * (weight.dim() - 2)))
+    else:
+        kept = mask if mask.any() else torch.arange(len(mask), device=mask.device) == 0
+        return replace_module(net, name, ChannelScale(scale[kept], scale_layer.dim))
+    return replace_module(net, name, nn.Identity())
+
+
+def _keep_positions(layer: nn.Module, side: str, kept: Tensor) -> None:
+    """Cut every tensor of a layer down to the kept positions of one side."""
+    for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+        dim = 1 if side == "in" else 0
+        if tensor.dim() <= dim:
+            continue
+        smaller = tensor.detach().index_select(dim, kept.to(tensor.device)).clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(layer, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller)
+    for attribute in {"in": ("in_features", "in_channels"), "out": ("out_features", "out_channels", "num_features")}[side]:
+        if hasattr(layer, attribute):
+            setattr(layer, attribute, len(kept))
+
+
+def _check_equal(found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise RuntimeError(f"surgery changed the output's shape from {tuple(expected.shape)} to {tuple(found.shape)}")
+    error = (found - expected).abs().max().item()
+    if error > _TOLERANCE * (1 + expected.abs().max().item()):
+        raise RuntimeError(
+            f"the smaller network differs from the masked one by {error:.2g}: its dependency graph was misread; please "
+            "report the architecture"
+        )
