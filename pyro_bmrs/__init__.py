@@ -14,3 +14,7 @@ from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.guide import TruncatedLogNormalGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise
+from pyro_bmrs.criteria import BMRS_N, BMRS_U, SNR, GradientWeightNorm, PosteriorMean, Random, WeightNorm
+from pyro_bmrs.prediction import predict
+from pyro_bmrs.surgery import compact
+from pyro_bmrs.svi import Continuous, FitResult, PostTraining, fit

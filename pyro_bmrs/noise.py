@@ -84,7 +84,7 @@ class MultiplicativeNoise(nn.Module):
         return distribution.to_event(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() <= self.dim or x.shape[self.dim] != self.size:
+        if not (-x.dim() <= self.dim < x.dim() and x.shape[self.dim] == self.size):
             raise ValueError(
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
                 f"input has shape {tuple(x.shape)}"

@@ -1,0 +1,253 @@
+"""What to remove first: one protocol for evidence, signal-to-noise, norms, gradients and chance.
+
+Every criterion gives each structure a score, **higher = remove first**. Most have a decision line of their own and
+shift the score so that it lies at 0: remove where ``score >= 0``. The others only rank, and remove as many parameters
+as another criterion would.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.bmr import evidence_change, precision_window, spike
+from pyro_bmrs.cost import count_parameters
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.structures import Structures
+
+__all__ = [
+    "BMRS_N",
+    "BMRS_U",
+    "SNR",
+    "Criterion",
+    "GradientWeightNorm",
+    "PosteriorMean",
+    "PruningContext",
+    "Random",
+    "WeightNorm",
+]
+
+Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PruningContext:
+    """What a criterion may look at.
+
+    Attributes:
+        model: The model, whose masks say what has been removed already.
+        guide: Its guide.
+        structures: What each site's structures consist of.
+        x: A batch of training inputs, of shape ``(batch, ...)``.
+        y: Their observations.
+    """
+
+    model: NoisyNetwork
+    guide: TruncatedLogNormalGuide
+    structures: Mapping[str, Structures]
+    x: Tensor
+    y: Tensor
+
+
+class Criterion:
+    """A rule for what to remove."""
+
+    def scores(self, context: PruningContext) -> Scores:
+        """Return a tensor of shape ``(size,)`` for each site; higher = remove first."""
+        raise NotImplementedError
+
+    def supported(self, context: PruningContext) -> Scores:
+        """Return for each site which of the remaining structures the criterion would remove, as bool tensors.
+
+        A score that is not a number never removes anything.
+        """
+        masks = context.model.masks
+        return {site: (score >= 0) & masks[site] for site, score in self.scores(context).items()}
+
+
+@dataclass(frozen=True)
+class _EvidenceCriterion(Criterion):
+    prior_log_odds: float = field(default=0.0, kw_only=True)
+
+    def reduced_prior(self, prior: LogUniform) -> LogUniform | TruncatedLogNormal:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        priors = context.guide.prior()
+        return {
+            site: evidence_change(posterior, priors[site], self.reduced_prior(priors[site])) + self.prior_log_odds
+            for site, posterior in context.guide.posterior().items()
+        }
+
+
+@dataclass(frozen=True)
+class BMRS_N(_EvidenceCriterion):  # noqa: N801  (the paper's name)
+    r"""Remove where the evidence favours a spike at the lower bound: :math:`\Delta F` + prior log-odds >= 0 (eq. 8).
+
+    Args:
+        scale: Width of the spike, in units of :math:`\log\theta`.
+        prior_log_odds: Log-odds, before seeing data, of a structure being absent. 0 is the paper's rule as printed.
+            With the exact ELBO a structure that the data does not need returns to its prior, where
+            :math:`\Delta F` is about -0.04 to -0.7 and never positive by much: ``math.log(3)`` removes whatever lacks
+            positive evidence on Kass and Raftery's scale. ``0.5 * math.log(2 * math.pi)`` is what the paper's
+            reference code computes.
+    """
+
+    scale: float = 1e-6
+
+    def reduced_prior(self, prior: LogUniform) -> TruncatedLogNormal:
+        return spike(prior, self.scale)
+
+
+@dataclass(frozen=True)
+class BMRS_U(_EvidenceCriterion):  # noqa: N801  (the paper's name)
+    r"""Remove where the evidence favours noise too small for the arithmetic: :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10).
+
+    Args:
+        p1: Bits that the noise must reach to matter; the paper uses 8 and 4.
+        p2: Bits below which nothing is representable; None reaches down to the prior's own bound.
+        prior_log_odds: As for ``BMRS_N``.
+    """
+
+    p1: float = 8
+    p2: float | None = 23
+
+    def reduced_prior(self, prior: LogUniform) -> LogUniform:
+        return precision_window(prior, self.p1, self.p2)
+
+
+@dataclass(frozen=True)
+class SNR(Criterion):
+    """Remove where the posterior's mean over standard deviation is at most ``threshold`` (Neklyudov et al., 2017)."""
+
+    threshold: float = 1.0
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        return {
+            site: math.log(self.threshold) - torch.log(posterior.snr)
+            for site, posterior in context.guide.posterior().items()
+        }
+
+
+@dataclass(frozen=True)
+class PosteriorMean(Criterion):
+    """Remove where the posterior mean of the noise is at most ``threshold``."""
+
+    threshold: float = 0.1
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        return {
+            site: math.log(self.threshold) - torch.log(posterior.mean)
+            for site, posterior in context.guide.posterior().items()
+        }
+
+
+@dataclass(frozen=True)
+class _RankingCriterion(Criterion):
+    """A criterion without a decision line: it removes as many parameters as ``match`` would.
+
+    Args:
+        match: The criterion whose compression is matched.
+    """
+
+    match: Criterion = BMRS_N()
+
+    def supported(self, context: PruningContext) -> Scores:
+        """Return the fewest highest-scoring structures whose removal leaves no more parameters than ``match`` would."""
+        masks = context.model.masks
+        matched = self.match.supported(context)
+        target = _parameters_without(context, matched)
+        flat_keep = torch.cat(list(masks.values()))
+        scores = torch.cat(list(self.scores(context).values())).masked_fill(~flat_keep, -math.inf)
+        order = scores.nan_to_num(nan=-math.inf).argsort(descending=True)
+
+        def first(count: int) -> Scores:
+            chosen = torch.zeros_like(flat_keep)
+            chosen[order[:count]] = True
+            return context.guide.split(chosen)
+
+        low, high = 0, int(flat_keep.sum())
+        while low < high:
+            middle = (low + high) // 2
+            if _parameters_without(context, first(middle)) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return first(low)
+
+
+def _parameters_without(context: PruningContext, removed: Scores) -> int:
+    masks = {site: keep & ~removed[site] for site, keep in context.model.masks.items()}
+    return count_parameters(context.model.net, context.structures, masks)
+
+
+@dataclass(frozen=True)
+class WeightNorm(_RankingCriterion):
+    """Rank by the L2 norm of a structure's incoming weights, smallest first."""
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        weights = {name: parameter for name, parameter in context.model.net.named_parameters()}
+        return {site: -_incoming_norm(parts, weights) for site, parts in context.structures.items()}
+
+
+@dataclass(frozen=True)
+class GradientWeightNorm(_RankingCriterion):
+    """Rank by the norm of the loss's gradient in a structure's incoming weights times their own norm, smallest first."""
+
+    def scores(self, context: PruningContext) -> Scores:
+        model = context.model
+        weights = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
+        means = {site: mean.detach() for site, mean in context.guide.mean().items()}
+        with torch.enable_grad(), fix_noise(means):
+            loss = -model.likelihood(model.net(context.x)).log_prob(context.y).mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        by_name = dict(zip(weights, gradients, strict=True))
+        with torch.no_grad():
+            return {
+                site: -_incoming_norm(parts, weights) * _incoming_norm(parts, by_name)
+                for site, parts in context.structures.items()
+            }
+
+
+@dataclass(frozen=True)
+class Random(_RankingCriterion):
+    """Rank by chance, the same at every pruning.
+
+    Args:
+        seed: Seed of the ranking.
+    """
+
+    seed: int = 0
+
+    def scores(self, context: PruningContext) -> Scores:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {
+            site: torch.rand(size, generator=generator).to(context.guide.loc.device)
+            for site, size in context.guide.sizes.items()
+        }
+
+
+def _incoming_norm(parts: Structures, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the L2 norm of the weights that produce each structure, normalisation layers left out."""
+    squares = None
+    for axis in parts.side("out"):
+        weight = tensors.get(f"{axis.module}.weight")
+        if weight is None or weight.dim() < 2:
+            continue
+        index = axis.index.to(weight.device)
+        each = torch.zeros(int(index.max()) + 1).to(weight)
+        each = each.index_add(0, index[index >= 0], weight.flatten(1).square().sum(1)[index >= 0])
+        squares = each if squares is None else squares + each
+    if squares is None:
+        raise ValueError("these structures have no incoming weights to take a norm of")
+    return squares.sqrt()
+
