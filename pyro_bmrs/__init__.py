@@ -1,5 +1,8 @@
-"""Principled structured pruning: noise on a structure is a sample site, a reduced prior is another distribution there,
-and Bayesian model reduction compares the two in closed form."""
+"""Principled structured pruning of neural networks, as a probabilistic program in Pyro.
+
+Noise on a structure is a Pyro sample site; a reduced prior is another distribution at that site; Bayesian model
+reduction compares the two in closed form from the guide's parameters; what the evidence does not support is removed.
+"""
 
 from pyro_bmrs.bmr import (
     evidence_change,
@@ -9,12 +12,74 @@ from pyro_bmrs.bmr import (
     register_reduced_posterior,
     spike,
 )
+from pyro_bmrs.cost import count_flops, count_parameters, measure_latency
+from pyro_bmrs.criteria import (
+    BMRS_N,
+    BMRS_U,
+    SNR,
+    Criterion,
+    GradientWeightNorm,
+    PosteriorMean,
+    PruningContext,
+    Random,
+    WeightNorm,
+)
+from pyro_bmrs.diagnostics import evidence_changes, to_arviz
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.io import load, prepare_run_folder, save
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise
-from pyro_bmrs.criteria import BMRS_N, BMRS_U, SNR, GradientWeightNorm, PosteriorMean, Random, WeightNorm
+from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.prediction import predict
+from pyro_bmrs.structures import ChannelScale, find_structures
 from pyro_bmrs.surgery import compact
 from pyro_bmrs.svi import Continuous, FitResult, PostTraining, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BMRS_N",
+    "BMRS_U",
+    "SNR",
+    "ChannelScale",
+    "Continuous",
+    "Criterion",
+    "FitResult",
+    "GradientWeightNorm",
+    "LogUniform",
+    "MeanFieldELBO",
+    "MultiplicativeNoise",
+    "NoisyNetwork",
+    "PostTraining",
+    "PosteriorMean",
+    "PruningContext",
+    "Random",
+    "TruncatedLogNormal",
+    "TruncatedLogNormalGuide",
+    "WeightNorm",
+    "compact",
+    "count_flops",
+    "count_parameters",
+    "evidence_change",
+    "evidence_changes",
+    "find_structures",
+    "fit",
+    "load",
+    "measure_latency",
+    "plot_evidence",
+    "plot_evidence_snr",
+    "plot_forest",
+    "plot_history",
+    "plot_reduction",
+    "precision_window",
+    "predict",
+    "prepare_run_folder",
+    "reduced_posterior",
+    "register_evidence_change",
+    "register_reduced_posterior",
+    "save",
+    "spike",
+    "to_arviz",
+]

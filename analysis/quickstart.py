@@ -1,0 +1,117 @@
+"""From a dense network to a smaller one: python -m analysis.quickstart [--network mlp] [--seed 1]."""
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import nn
+
+import pyro_bmrs as bmrs
+from analysis.data import digits
+from analysis.dense import train_dense
+from analysis.run import draw_figures, evaluate, format_table, metrics_writer, save_run
+from models import lenet5, mlp
+from pyro_bmrs.io import write_json
+from pyro_bmrs.svi import resolve_device
+
+__all__ = ["Quickstart", "main"]
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Prune a network on scikit-learn's digits with BMRS_N and write everything about it to a run folder."""
+
+    network: Literal["lenet5", "mlp"] = "lenet5"
+    """LeNet-5, or a tanh MLP with three hidden layers of 100."""
+    seed: int = 0
+    """Of initial weights, data order and noise."""
+    epochs: int = 60
+    """With noise, pruning after each from the fourth on."""
+    fine_tune_epochs: int = 20
+    """Without noise, every theta at its posterior mean."""
+    batch_size: int = 64
+    lr: float = 2e-3
+    """Of the weights."""
+    posterior_lr: float = 0.1
+    """Of the posterior's parameters."""
+    kl_weight: float = 2.0
+    """1 is Bayes; more removes more."""
+    prior_log_odds: float = math.log(3)
+    """Of a structure being absent, before seeing data; log 3 removes what lacks positive evidence."""
+    device: str = "auto"
+    output: Path | None = None
+    """Run folder; by default a new one under runs/, named after network, seed and time."""
+    overwrite: bool = False
+    """Whether results in --output may be overwritten."""
+    progress: bool = True
+
+
+def main(config: Quickstart) -> dict[str, object]:
+    """Run the quickstart, print its table and return its results."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = config.output or Path("runs") / f"quickstart-{config.network}-seed{config.seed}-{stamp}"
+    folder = bmrs.prepare_run_folder(folder, config.overwrite)
+    write_json(folder / "config.json", {**asdict(config), "output": str(folder)})
+    split = digits()
+    torch.manual_seed(config.seed)
+    net = _build(config.network, split.train[0])
+    dense = copy.deepcopy(net)
+
+    print(f"dense {config.network}, without noise, {config.epochs + config.fine_tune_epochs} epochs ...", flush=True)
+    started = time.perf_counter()
+    device = resolve_device(config.device)
+    train = (split.train[0].to(device), split.train[1].to(device))
+    train_dense(
+        dense.to(device), train, config.epochs + config.fine_tune_epochs, config.batch_size, config.lr, config.seed
+    )
+    dense_seconds = time.perf_counter() - started
+
+    model = bmrs.NoisyNetwork(net, num_data=len(split.train[0]), kl_weight=config.kl_weight)
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    result = bmrs.fit(
+        model,
+        guide,
+        split.train,
+        split.validation,
+        criterion=bmrs.BMRS_N(prior_log_odds=config.prior_log_odds),
+        epochs=config.epochs,
+        fine_tune_epochs=config.fine_tune_epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        posterior_lr=config.posterior_lr,
+        device=config.device,
+        seed=config.seed,
+        progress=config.progress,
+        on_epoch=metrics_writer(folder),
+    )
+    pruned = bmrs.compact(model, guide, result.masks, split.validation[0][:8])
+    results = {
+        "dataset": "digits",
+        "network": config.network,
+        "method": "BMRS_N",
+        "seed": config.seed,
+        "epochs": config.epochs + config.fine_tune_epochs,
+        **evaluate(dense, model, guide, pruned, split),
+        "seconds": result.seconds,
+        "seconds_dense": dense_seconds,
+    }
+    save_run(folder, results, model, guide, pruned)
+    draw_figures(folder, guide, result, config.prior_log_odds)
+    print(f"\n{format_table(results)}\n\neverything about this run: {folder}")
+    return results
+
+
+def _build(network: str, images: torch.Tensor) -> nn.Module:
+    if network == "lenet5":
+        return lenet5(in_channels=images.shape[1])
+    return mlp(in_features=images[0].numel(), hidden=100, layers=3)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Quickstart))

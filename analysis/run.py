@@ -1,0 +1,154 @@
+"""One run: what it measured, the folder that keeps it, and the table a person reads."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from torch import nn
+
+import pyro_bmrs as bmrs
+from analysis.data import Split
+from analysis.dense import accuracy
+from pyro_bmrs.io import write_json
+
+__all__ = ["draw_figures", "evaluate", "format_table", "metrics_writer", "save_run"]
+
+_LATENCY_BATCH = 128
+
+
+def evaluate(
+    dense: nn.Module,
+    model: bmrs.NoisyNetwork,
+    guide: bmrs.TruncatedLogNormalGuide,
+    pruned: nn.Module,
+    split: Split,
+) -> dict[str, Any]:
+    """Return the costs and accuracies of the dense, the masked and the pruned network."""
+    device = guide.loc.device
+    (x_val, y_val), (x_test, y_test) = ((x.to(device), y.to(device)) for x, y in (split.validation, split.test))
+    batch = x_test[:_LATENCY_BATCH]
+    masked_logits = bmrs.predict(model, guide, x_test)
+    with torch.no_grad():
+        pruned_logits, dense_logits = pruned(x_test), dense.eval()(x_test)
+    dense_seconds, pruned_seconds = bmrs.measure_latency([dense, pruned], batch)
+    params_dense, params_pruned = bmrs.count_parameters(dense), bmrs.count_parameters(pruned)
+    masks = model.masks
+    return {
+        "params_dense": params_dense,
+        "params_pruned": params_pruned,
+        "compression": 1 - params_pruned / params_dense,
+        "flops_dense": bmrs.count_flops(dense, batch[:1]),
+        "flops_pruned": bmrs.count_flops(pruned, batch[:1]),
+        "accuracy_validation": accuracy(bmrs.predict(model, guide, x_val), y_val),
+        "accuracy_test": accuracy(pruned_logits, y_test),
+        "accuracy_test_masked": accuracy(masked_logits, y_test),
+        "accuracy_test_dense": accuracy(dense_logits, y_test),
+        "surgery_max_abs_error": (pruned_logits - masked_logits).abs().max().item(),
+        "latency_dense_ms": 1e3 * dense_seconds,
+        "latency_pruned_ms": 1e3 * pruned_seconds,
+        "latency_batch": len(batch),
+        "structures": {site.removesuffix(".theta"): size for site, size in model.sizes.items()},
+        "kept": {site.removesuffix(".theta"): int(mask.sum()) for site, mask in masks.items()},
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "pyro-ppl", "pyro-bmrs", "numpy", "arviz", "torch-pruning")},
+        },
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.machine()}, {os.cpu_count()} cores"
+
+
+def metrics_writer(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """Return a callback that appends each epoch's record to ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    path.write_text("", encoding="utf-8")
+
+    def write(record: dict[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return write
+
+
+def save_run(
+    folder: Path,
+    results: dict[str, Any],
+    model: bmrs.NoisyNetwork,
+    guide: bmrs.TruncatedLogNormalGuide,
+    pruned: nn.Module,
+) -> None:
+    """Write results, posterior, checkpoint and the pruned network into the run folder, the results last."""
+    bmrs.save(model, folder / "checkpoint" / "model")
+    bmrs.save(guide, folder / "checkpoint" / "guide")
+    bmrs.save(pruned, folder / "pruned")
+    bmrs.to_arviz(guide).to_netcdf(folder / "posterior.nc", engine="h5netcdf")
+    write_json(folder / "results.json", results)
+
+
+def draw_figures(
+    folder: Path,
+    guide: bmrs.TruncatedLogNormalGuide,
+    result: bmrs.FitResult,
+    prior_log_odds: float,
+) -> list[Path]:
+    """Draw the five figures of a run into ``folder/figures`` and return their paths."""
+    mpl.use("Agg")
+    delta_f, masks = bmrs.evidence_changes(guide), result.masks
+    snr = {site: posterior.snr for site, posterior in guide.posterior().items()}
+    site, index = _closest_to_the_line(delta_f, prior_log_odds)
+    posterior, prior = guide.posterior()[site], guide.prior()[site]
+    q = bmrs.TruncatedLogNormal(*(getattr(posterior, name)[index].detach() for name in posterior.arg_constraints))
+    p = bmrs.LogUniform(prior.log_low[index], prior.log_high[index])
+    figures = {
+        "reduction": lambda: bmrs.plot_reduction(q, p, bmrs.spike(p)),
+        "forest": lambda: bmrs.plot_forest(guide),
+        "evidence": lambda: bmrs.plot_evidence(delta_f, masks, prior_log_odds),
+        "evidence_snr": lambda: bmrs.plot_evidence_snr(delta_f, snr, prior_log_odds),
+        "history": lambda: bmrs.plot_history(result.history),
+    }
+    paths = []
+    for name, draw in figures.items():
+        paths.append(folder / "figures" / f"{name}.png")
+        figure = draw().figure
+        figure.savefig(paths[-1], dpi=150)
+        figure.clear()
+    return paths
+
+
+def _closest_to_the_line(delta_f: dict[str, torch.Tensor], prior_log_odds: float) -> tuple[str, int]:
+    """Return the structure that the evidence finds hardest to judge, the most telling one to look at."""
+    distances = {site: (values + prior_log_odds).abs().min(0) for site, values in delta_f.items()}
+    site = min(distances, key=lambda name: float(distances[name].values))
+    return site, int(distances[site].indices)
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """Return the table that ends a run."""
+    lines = [f"{'layer':<22}{'structures':>12}{'kept':>12}{'kept %':>10}", "-" * 56]
+    for layer, size in results["structures"].items():
+        kept = results["kept"][layer]
+        lines.append(f"{layer.removesuffix('_noise'):<22}{size:>12,}{kept:>12,}{100 * kept / size:>9.1f}%")
+    lines += ["", f"{'':<22}{'dense':>12}{'pruned':>12}{'change':>10}", "-" * 56]
+    for name, key, form in (
+        ("parameters", "params", ",.0f"),
+        ("FLOPs an image", "flops", ",.0f"),
+        (f"ms a batch of {results['latency_batch']}", "latency", ".2f"),
+    ):
+        suffix = "_ms" if key == "latency" else ""
+        before, after = (results[f"{key}_{which}{suffix}"] for which in ("dense", "pruned"))
+        lines.append(f"{name:<22}{before:>12{form}}{after:>12{form}}{100 * (after / before - 1):>9.1f}%")
+    before, after = 100 * results["accuracy_test_dense"], 100 * results["accuracy_test"]
+    lines.append(f"{'test accuracy %':<22}{before:>12.2f}{after:>12.2f}{after - before:>+10.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The posterior in numbers: draws for ArviZ, and the evidence of every structure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs._arviz import from_dict
+from pyro_bmrs.bmr import evidence_change, spike
+from pyro_bmrs.guide import TruncatedLogNormalGuide
+
+__all__ = ["evidence_changes", "to_arviz"]
+
+
+@torch.no_grad()
+def evidence_changes(
+    guide: TruncatedLogNormalGuide, reduced_prior: Callable[[Any], Distribution] = spike
+) -> dict[str, Tensor]:
+    r"""Return :math:`\Delta F` of every structure, in nats, of shape ``(size,)`` for each site; >= 0 favours removal.
+
+    Args:
+        guide: The fitted guide.
+        reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
+    """
+    priors = guide.prior()
+    return {
+        site: evidence_change(posterior, priors[site], reduced_prior(priors[site]))
+        for site, posterior in guide.posterior().items()
+    }
+
+
+@torch.no_grad()
+def to_arviz(guide: TruncatedLogNormalGuide, draws: int = 1000, seed: int = 0) -> Any:
+    r"""Return draws of the noise as ArviZ's InferenceData (0.x) or DataTree (1.x).
+
+    Groups ``posterior`` and ``prior`` hold one variable a site, of shape ``(1, draws, size)``: a variational posterior
+    has independent draws and no chains, so read it with ``arviz.summary(..., kind="stats")``. ``constant_data`` holds
+    ``<site>.kept``, 1 for what remains; removed structures keep the posterior for which they were removed.
+
+    Args:
+        guide: The fitted guide.
+        draws: Number of draws.
+        seed: Their seed; the global random state is left alone.
+
+    Raises:
+        ValueError: If ``draws`` is not positive.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be positive, but got {draws}")
+    with torch.random.fork_rng(devices=[guide.loc.device] if guide.loc.is_cuda else []):
+        torch.manual_seed(seed)
+        posterior = guide.draw((1, draws))
+        prior = guide.split(guide.flat_prior().rsample((1, draws)))
+    kept = guide.split(guide.keep)
+    return from_dict(
+        {
+            "posterior": {site: values.cpu().numpy() for site, values in posterior.items()},
+            "prior": {site: values.cpu().numpy() for site, values in prior.items()},
+            "constant_data": {f"{site}.kept": mask.cpu().numpy().astype("int8") for site, mask in kept.items()},
+        },
+        coords={f"{site}_structure": range(size) for site, size in guide.sizes.items()},
+        dims={
+            name: [f"{site}_structure"] for site in guide.sizes for name in (site, f"{site}.kept")
+        },
+    )

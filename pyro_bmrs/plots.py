@@ -1,0 +1,217 @@
+"""Pictures of a posterior and of its reduction. Every function draws on one axes and returns it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.bmr import evidence_change
+from pyro_bmrs.guide import TruncatedLogNormalGuide
+
+__all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
+
+# Okabe and Ito's colours, told apart by everyone.
+KEPT, REMOVED, NEUTRAL = "#0072B2", "#D55E00", "#555555"
+_LOG_THETA = r"$\log\,\theta$ (nats)"
+_DELTA_F = r"evidence change $\Delta F$ (nats, symmetric log)"
+
+
+@torch.no_grad()
+def plot_reduction(
+    posterior: Distribution, prior: Distribution, reduced_prior: Distribution, ax: Axes | None = None
+) -> Axes:
+    r"""Draw posterior, prior and reduced prior of one structure, and say what the evidence does (figure 1 of the paper).
+
+    Args:
+        posterior: Posterior on theta, of ``batch_shape`` ``()``.
+        prior: Its prior.
+        reduced_prior: The prior that would remove the structure.
+        ax: Axes to draw on; new ones by default.
+    """
+    ax = _axes(ax)
+    delta_f = float(evidence_change(posterior, prior, reduced_prior))
+    low, high = (float(torch.log(bound)) for bound in (prior.support.lower_bound, prior.support.upper_bound))
+    probabilities = torch.linspace(0, 1, 400, dtype=torch.float64)
+    grid = torch.cat([torch.log(d.icdf(probabilities).double()) for d in (posterior, prior, reduced_prior)])
+    grid = torch.cat([grid, torch.linspace(low, high, 2000, dtype=torch.float64)]).clamp(low, high).sort().values
+    peak = 0.0
+    for name, distribution, colour in (
+        ("posterior", posterior, KEPT),
+        ("prior", prior, NEUTRAL),
+        ("reduced prior", reduced_prior, REMOVED),
+    ):
+        density = _log_theta_density(distribution, grid)
+        if distribution is not reduced_prior:
+            peak = max(peak, float(density.max()))
+        ax.plot(grid, density, color=colour, label=name, linewidth=1.8)
+        ax.fill_between(grid, 1e-12, density, color=colour, alpha=0.15, linewidth=0)
+    ax.set_yscale("log")
+    ax.set_ylim(1e-4, 10 * peak)
+    ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+    ax.set_xlabel(_LOG_THETA)
+    ax.set_ylabel(r"density of $\log\,\theta$ (1/nat, log scale)")
+    ax.set_title(rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {'favours' if delta_f >= 0 else 'is against'} removal")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _log_theta_density(distribution: Distribution, log_theta: Tensor) -> Tensor:
+    theta = torch.exp(log_theta)
+    support: Any = distribution.support
+    inside = (theta >= support.lower_bound.double() * (1 - 1e-6)) & (theta <= support.upper_bound.double() * (1 + 1e-6))
+    clamped = theta.clamp(float(support.lower_bound), float(support.upper_bound)).to(support.lower_bound)
+    density = torch.exp(distribution.log_prob(clamped).double() + torch.log(clamped.double()))
+    return torch.where(inside, density, 0.0)
+
+
+@torch.no_grad()
+def plot_forest(guide: TruncatedLogNormalGuide, mass: float = 0.94, ax: Axes | None = None) -> Axes:
+    r"""Draw median and central interval of every structure's :math:`\log\theta`, by layer, sorted within it.
+
+    Args:
+        guide: The fitted guide.
+        mass: Posterior mass of the intervals.
+        ax: Axes to draw on; new ones by default.
+    """
+    ax = _axes(ax, figsize=(7, 9))
+    tail = (1 - mass) / 2
+    keep = guide.split(guide.keep)
+    row, ticks = 0, {}
+    for site, posterior in guide.posterior().items():
+        low, median, high = (posterior.log_icdf(torch.full_like(posterior.loc, p)).cpu() for p in (tail, 0.5, 1 - tail))
+        order = median.argsort(descending=True)
+        rows = row + np.arange(len(order))
+        colours = np.where(keep[site].cpu()[order], KEPT, REMOVED)
+        ax.hlines(rows, low[order], high[order], colors=colours, linewidth=0.9, alpha=0.6)
+        ax.scatter(median[order], rows, c=colours, s=4, zorder=3)
+        ticks[_layer(site)] = rows.mean()
+        row += len(order) + 4
+        ax.axhline(row - 2.5, color="0.85", linewidth=0.6)
+    ax.set_yticks(list(ticks.values()), list(ticks))
+    ax.set_ylim(row - 2, -2)
+    ax.set_xlabel(_LOG_THETA)
+    ax.set_ylabel("layer, one row a structure")
+    ax.set_title(f"posterior median and {100 * mass:.0f} % interval")
+    _legend(ax)
+    return ax
+
+
+def plot_evidence(
+    delta_f: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    prior_log_odds: float = 0.0,
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Draw :math:`\Delta F` of every structure by layer, with the decision line.
+
+    Args:
+        delta_f: Evidence change of each site's structures, in nats, as from ``evidence_changes``.
+        masks: True = kept; by default what lies below the line.
+        prior_log_odds: The criterion's; the line is at minus that.
+        ax: Axes to draw on; new ones by default.
+    """
+    ax = _axes(ax)
+    generator = np.random.default_rng(0)
+    masks = masks or {site: values + prior_log_odds < 0 for site, values in delta_f.items()}
+    for column, (site, values) in enumerate(delta_f.items()):
+        kept = masks[site].cpu().numpy()
+        jitter = generator.uniform(-0.3, 0.3, len(kept))
+        ax.scatter(column + jitter, values.cpu(), c=np.where(kept, KEPT, REMOVED), s=12, alpha=0.7, linewidth=0)
+        ax.annotate(f"{kept.sum()} of {len(kept)} kept", (column, 1), xycoords=("data", "axes fraction"),
+                    xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(top=max(10.0, 3 * max(float(values.max()) for values in delta_f.values())))
+    ax.set_xticks(range(len(delta_f)), [_layer(site) for site in delta_f])
+    ax.set_xlabel("layer, one point a structure")
+    ax.set_ylabel(_DELTA_F)
+    _legend(ax, line=f"decision line, {-prior_log_odds:.2g} nats")
+    return ax
+
+
+def plot_evidence_snr(
+    delta_f: Mapping[str, Tensor],
+    snr: Mapping[str, Tensor],
+    prior_log_odds: float = 0.0,
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Draw :math:`\Delta F` against the signal-to-noise ratio, with both criteria's decision lines.
+
+    Args:
+        delta_f: Evidence change of each site's structures, in nats.
+        snr: Their signal-to-noise ratios, as from ``posterior.snr``.
+        prior_log_odds: The evidence criterion's; its line is at minus that.
+        ax: Axes to draw on; new ones by default.
+    """
+    ax = _axes(ax)
+    palette = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(delta_f)))
+    markers = "osD^vP*X"
+    for i, (site, values) in enumerate(delta_f.items()):
+        ax.scatter(
+            snr[site].detach().cpu(), values.cpu(), color=palette[i], marker=markers[i % len(markers)],
+            s=16, alpha=0.7, linewidth=0, label=_layer(site),
+        )  # fmt: skip
+    ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
+    ax.axvline(1.0, color="black", linewidth=1, linestyle=":")
+    ax.set_xscale("log")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_xlabel("signal-to-noise ratio, mean / standard deviation (log scale)")
+    ax.set_ylabel(_DELTA_F)
+    ax.set_title("dashed: evidence decision line, dotted: SNR = 1", fontsize=9)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
+    """Draw compression and, where there is validation data, accuracy or log likelihood over the epochs.
+
+    Args:
+        history: ``FitResult.history``.
+        ax: Axes to draw on; new ones by default. The second quantity gets an axis of its own on the right.
+
+    Raises:
+        ValueError: If the history is empty.
+    """
+    if not history:
+        raise ValueError("the history is empty: fit for at least one epoch")
+    ax = _axes(ax)
+    epochs = [entry["epoch"] for entry in history]
+    ax.plot(epochs, [100 * entry["compression"] for entry in history], color=REMOVED, label="compression")
+    ax.set_ylim(0, 100)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("parameters removed (%)", color=REMOVED)
+    for key, label, factor in (
+        ("accuracy_validation", "validation accuracy (%)", 100),
+        ("log_likelihood_validation", "validation log likelihood (nats an example)", 1),
+    ):
+        if key in history[-1]:
+            right = ax.twinx()
+            right.plot(epochs, [factor * entry[key] for entry in history], color=KEPT, linestyle="--")
+            right.set_ylabel(label, color=KEPT)
+            break
+    noisy = sum(entry["phase"] == "noisy" for entry in history)
+    if noisy < len(history):
+        ax.axvspan(noisy + 0.5, len(history) + 0.5, color="0.93", zorder=0)
+        ax.annotate("noise off", (noisy + 0.7, 3), fontsize=8, color=NEUTRAL)
+    return ax
+
+
+def _axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4.5)) -> Axes:
+    return plt.subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
+
+
+def _layer(site: str) -> str:
+    return site.removesuffix(".theta").removesuffix("_noise")
+
+
+def _legend(ax: Axes, line: str | None = None) -> None:
+    for name, colour in (("kept", KEPT), ("removed", REMOVED)):
+        ax.scatter([], [], color=colour, s=16, label=name)
+    if line is not None:
+        ax.plot([], [], color="black", linestyle="--", linewidth=1, label=line)
+    ax.legend(frameon=True, framealpha=0.9, edgecolor="none")
