@@ -121,7 +121,7 @@ def draw_figures(
     paths = []
     for name, draw in figures.items():
         paths.append(folder / "figures" / f"{name}.png")
-        figure = draw().figure
+        figure: Any = draw().figure
         figure.savefig(paths[-1], dpi=150)
         figure.clear()
     return paths

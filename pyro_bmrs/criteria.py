@@ -195,13 +195,13 @@ class WeightNorm(_RankingCriterion):
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
-        weights = {name: parameter for name, parameter in context.model.net.named_parameters()}
+        weights = dict(context.model.net.named_parameters())
         return {site: -_incoming_norm(parts, weights) for site, parts in context.structures.items()}
 
 
 @dataclass(frozen=True)
 class GradientWeightNorm(_RankingCriterion):
-    """Rank by the norm of the loss's gradient in a structure's incoming weights times their own norm, smallest first."""
+    """Rank by the norm of the loss's gradient in a structure's incoming weights times their norm, smallest first."""
 
     def scores(self, context: PruningContext) -> Scores:
         model = context.model
@@ -250,4 +250,3 @@ def _incoming_norm(parts: Structures, tensors: Mapping[str, Tensor]) -> Tensor:
     if squares is None:
         raise ValueError("these structures have no incoming weights to take a norm of")
     return squares.sqrt()
-

@@ -21,16 +21,22 @@ def check_data(data: Data, name: str) -> tuple[Tensor, Tensor]:
     """
     pair = data.tensors if isinstance(data, TensorDataset) else data
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
-        raise TypeError(f"{name} must be a pair of tensors (inputs, observations) or a TensorDataset of two, got {type(data)}")
+        raise TypeError(
+            f"{name} must be a pair of tensors (inputs, observations) or a TensorDataset of two, got {type(data)}"
+        )
     x, y = pair
     if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-        raise ValueError(f"{name} needs one observation an input, but they have shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"{name} needs one observation an input, but they have shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     if len(x) == 0:
         raise ValueError(f"{name} is empty: inputs have shape {tuple(x.shape)}")
     for part, tensor in (("input", x), ("observation", y)):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else int(
-                (~torch.isfinite(tensor)).nonzero()[0]
+            row = (
+                int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
+                if tensor.dim() > 1
+                else int((~torch.isfinite(tensor)).nonzero()[0])
             )
             raise ValueError(f"{name} has a NaN or infinite {part} in row {row}; remove or impute such rows first")
     return x, y
@@ -46,16 +52,21 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
         model.train(training)
     observed = model.likelihood(output.expand(len(y), *output.shape[1:]))
     if isinstance(observed, Categorical) and y.is_floating_point():
-        raise ValueError(f"{name} has observations of {y.dtype}, but a Categorical likelihood needs class indices: use y.long()")
+        raise ValueError(
+            f"{name} has observations of {y.dtype}, but a Categorical likelihood needs class indices: use y.long()"
+        )
     inside = observed.support.check(y)
     if inside.shape != (len(y),):
         raise ValueError(
-            f"{name} has observations of shape {tuple(y.shape)}, but the likelihood is a {type(observed).__name__} over "
-            f"events of shape {tuple(observed.event_shape)}; reshape the observations, or the likelihood with .to_event(k)"
+            f"{name} has observations of shape {tuple(y.shape)}, but the likelihood is a {type(observed).__name__} "
+            f"over events of shape {tuple(observed.event_shape)}; reshape the observations, or the likelihood with "
+            ".to_event(k)"
         )
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
-        allowed = f"the {output.shape[-1]} classes 0 to {output.shape[-1] - 1}" if isinstance(observed, Categorical) else (
-            f"the support {observed.support} of the likelihood"
+        allowed = (
+            f"the {output.shape[-1]} classes 0 to {output.shape[-1] - 1}"
+            if isinstance(observed, Categorical)
+            else (f"the support {observed.support} of the likelihood")
         )
         raise ValueError(f"{name} has observation {y[row].tolist()} in row {row}, outside {allowed}")

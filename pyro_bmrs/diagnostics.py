@@ -61,7 +61,5 @@ def to_arviz(guide: TruncatedLogNormalGuide, draws: int = 1000, seed: int = 0) -
             "constant_data": {f"{site}.kept": mask.cpu().numpy().astype("int8") for site, mask in kept.items()},
         },
         coords={f"{site}_structure": range(size) for site, size in guide.sizes.items()},
-        dims={
-            name: [f"{site}_structure"] for site in guide.sizes for name in (site, f"{site}.kept")
-        },
+        dims={name: [f"{site}_structure"] for site in guide.sizes for name in (site, f"{site}.kept")},
     )

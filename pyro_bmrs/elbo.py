@@ -23,7 +23,7 @@ Granularity = Literal["example", "batch", "element"]
 class MeanFieldELBO(TraceMeanField_ELBO):
     r"""Negative evidence lower bound with the KL in closed form (eq. 3 of the paper).
 
-    .. math:: \mathcal{L} = \lambda\, KL(q(\theta) \| p(\theta)) - \frac{N}{B} \sum_{i=1}^{B} E_q[\log p(y_i \mid x_i, \theta)]
+    .. math:: \mathcal{L} = \lambda\, KL(q(\theta) \| p(\theta)) - \frac{N}{B} \sum_i E_q[\log p(y_i \mid x_i, \theta)]
 
     Loss and gradients are those of Pyro's ``TraceMeanField_ELBO``. With a ``TruncatedLogNormalGuide`` they come from
     one draw and one KL for all sites; any other guide takes Pyro's own path. Use it with ``pyro.infer.SVI``, or as
@@ -102,7 +102,7 @@ class _ObservedLogProb(Messenger):
     """Sum the log probabilities of the observed sites, and refuse latent ones that the guide does not know."""
 
     def __enter__(self) -> "_ObservedLogProb":
-        self.total: Tensor | float = 0.0
+        self.total: Any = 0.0
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -82,9 +82,9 @@ class TruncatedLogNormalGuide(PyroModule):
     def posterior(self) -> dict[str, TruncatedLogNormal]:
         """Return the posterior of each site, of ``batch_shape`` ``(size,)``."""
         flat = self.flat_posterior()
-        parameters = [self.split(getattr(flat, name)) for name in flat.arg_constraints]
+        loc, scale, low, high = map(self.split, (flat.loc, flat.scale, flat.log_low, flat.log_high))
         return {
-            site: TruncatedLogNormal(*(values[site] for values in parameters), validate_args=False)
+            site: TruncatedLogNormal(loc[site], scale[site], low[site], high[site], validate_args=False)
             for site in self.sizes
         }
 

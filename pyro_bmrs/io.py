@@ -2,7 +2,7 @@
 
 A saved network is two files, ``NAME.safetensors`` and ``NAME.json``. The latter describes the tree of modules. Layers
 of ``torch.nn`` are rebuilt from it by name and arguments; modules of any other class are described but never
-imported: to load those, hand ``load`` an instance, unpruned if you like, and its layers are replaced by the stored ones.
+imported: to load those, hand ``load`` an instance, unpruned if you like, whose layers are then replaced.
 """
 
 import inspect
@@ -76,7 +76,9 @@ def _read_description(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is truncated or no description of a network: {error}") from None
-    if not (isinstance(content, dict) and content.get("format") == _FORMAT and isinstance(content.get("network"), dict)):
+    if not (
+        isinstance(content, dict) and content.get("format") == _FORMAT and isinstance(content.get("network"), dict)
+    ):
         raise ValueError(f"{path} is no network saved by pyro-bmrs (its format is not {_FORMAT!r})")
     network: dict[str, Any] = content["network"]
     return network
@@ -126,7 +128,9 @@ def _rebuild(description: Mapping[str, Any], given: nn.Module | None, name: str)
         for child, part in children.items():
             current = dict(given.named_children()).get(child)
             if current is None:
-                raise ValueError(f"the module passed to load has no part {f'{name}.{child}'.lstrip('.')!r}; the saved {kind} has")
+                raise ValueError(
+                    f"the module passed to load has no part {f'{name}.{child}'.lstrip('.')!r}; the saved {kind} has"
+                )
             rebuilt = _rebuild(part, current, f"{name}.{child}".lstrip("."))
             if rebuilt is not current:
                 setattr(given, child, rebuilt)
@@ -147,7 +151,9 @@ def _rebuild_container(kind: str, children: Mapping[str, Any], given: nn.Module 
 def _build_layer(kind: Any, arguments: Any, name: str) -> nn.Module:
     layer = getattr(nn, kind, None) if isinstance(kind, str) else None
     if kind != "ChannelScale" and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise ValueError(f"{name!r} is described as {kind!r}, which is no layer of torch.nn; the file is not ours or not whole")
+        raise ValueError(
+            f"{name!r} is described as {kind!r}, which is no layer of torch.nn; the file is not ours or not whole"
+        )
     try:
         if kind == "ChannelScale":
             return ChannelScale(torch.ones(arguments["size"]), arguments["dim"])
@@ -194,7 +200,9 @@ def prepare_run_folder(path: PathLike, overwrite: bool = False) -> Path:
     """
     path = Path(path)
     if not overwrite and any((path / name).exists() for name in ("results.json", "metrics.jsonl", "config.json")):
-        raise FileExistsError(f"{path} already holds the results of a run; they are kept: choose another folder, or pass overwrite")
+        raise FileExistsError(
+            f"{path} already holds the results of a run; they are kept: choose another folder, or pass overwrite"
+        )
     try:
         for folder in (path, path / "figures", path / "checkpoint"):
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule

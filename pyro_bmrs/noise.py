@@ -53,8 +53,8 @@ class MultiplicativeNoise(nn.Module):
         prior = LogUniform() if prior is None else prior
         if prior.event_shape or prior.batch_shape not in (torch.Size(), torch.Size([size])):
             raise ValueError(
-                f"the prior on {size} structures must have batch_shape () or ({size},) and no event dimensions, but got "
-                f"batch_shape {tuple(prior.batch_shape)} and event_shape {tuple(prior.event_shape)}"
+                f"the prior on {size} structures must have batch_shape () or ({size},) and no event dimensions, but "
+                f"got batch_shape {tuple(prior.batch_shape)} and event_shape {tuple(prior.event_shape)}"
             )
         self.size, self.dim = size, dim
         self.site: str | None = None

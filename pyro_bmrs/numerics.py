@@ -22,12 +22,12 @@ First and second derivatives are exact: each cumulant's gradient is the next cum
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.special import erfcx, ndtr, ndtri
 
 __all__ = [
@@ -143,10 +143,9 @@ def _mills(x: Tensor) -> Tensor:
 def _narrow_log_integral(distance: Tensor, width: Tensor) -> Tensor:
     distance, width = distance.clamp(-1, 1e100), width.clamp(max=1)
     slope, curvature = _narrow_shape(distance, width)
-    mean = sum(
-        weight / 2 * torch.expm1(-node * (slope + node * curvature))
-        for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True)
-    )
+    mean = torch.zeros_like(slope)
+    for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True):
+        mean = mean + weight / 2 * torch.expm1(-node * (slope + node * curvature))
     middle, mode = distance + 0.5 * width, distance.clamp(min=0)
     return torch.log(width) + torch.log1p(mean) - 0.5 * (middle - mode) * (middle + mode)
 
@@ -240,9 +239,7 @@ def _untruncated_tail(start: Tensor) -> Cumulants:
     e_near = 1 / d_near - near
     f_near = 2 / e_near - near
     is_near = start < _CONTINUED_FRACTION_FROM
-    d, e, f = (
-        torch.where(is_near, a, b) for a, b in ((d_near, d_far), (e_near, e_far), (f_near, f_far))
-    )
+    d, e, f = (torch.where(is_near, a, b) for a, b in ((d_near, d_far), (e_near, e_far), (f_near, f_far)))
     return Cumulants(d, d * (e - d), d * (2 * d * d - 3 * d * e + e * f), torch.zeros_like(d))
 
 
@@ -283,11 +280,11 @@ class _LogIntegral(torch.autograd.Function):
         return _log_integral(distance, width)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         distance, width = ctx.saved_tensors
         return -mean_displacement(distance, width) * grad, _far_density(distance, width) * grad
 
@@ -300,11 +297,11 @@ class _MeanDisplacement(torch.autograd.Function):
         return _cumulants(distance, width).mean
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs, output)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         distance, width, mean = ctx.saved_tensors
         to_far = width - mean + distance.clamp(max=0)
         grad_distance = (distance < 0).to(grad) - variance(distance, width)
@@ -319,12 +316,12 @@ class _Variance(torch.autograd.Function):
         return _cumulants(distance, width).variance
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         distance, width = ctx.saved_tensors
         mean, var, third, far_density = _cumulants(distance, width)
         to_far = width - mean + distance.clamp(max=0)
@@ -348,13 +345,13 @@ class _KLFromUniform(torch.autograd.Function):
         return kl, (mode + mean) * var + 0.5 * third, grad_width
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         grad_distance, grad_width = ctx.saved_tensors
         return grad_distance * grad, grad_width * grad
 
@@ -368,9 +365,7 @@ class _Quantile(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        probability: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(probability: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         parameters = (loc.double(), scale.double(), low.double(), high.double())
         distance, width = interval_coordinates(*parameters)
         from_high = loc - high > low - loc
@@ -380,13 +375,13 @@ class _Quantile(torch.autograd.Function):
         return torch.clamp(x, low, high), step.to(loc)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         probability, loc, scale, low, high, step = ctx.saved_tensors
         distance, width = interval_coordinates(loc.double(), scale.double(), low.double(), high.double())
         from_high = loc - high > low - loc
@@ -401,9 +396,7 @@ class _Quantile(torch.autograd.Function):
         pull_far = (from_near * torch.exp((drop - drop_far).clamp(max=80))).clamp(0, 1)
         pull = pull_near + pull_far
         grad_scale = step + outside - distance * pull - width * pull_far
-        low_pull, high_pull = (
-            torch.where(from_high, a, b) for a, b in ((pull_far, pull_near), (pull_near, pull_far))
-        )
+        low_pull, high_pull = (torch.where(from_high, a, b) for a, b in ((pull_far, pull_near), (pull_near, pull_far)))
         grad_probability = None
         if ctx.needs_input_grad[0]:
             log_mass = _log_integral(distance.double(), width.double())
@@ -440,9 +433,7 @@ def _may_occur(regime: Tensor) -> bool:
     return regime.is_cuda or bool(regime.any())
 
 
-def _interior_quantile(
-    from_near: Tensor, from_far: Tensor, distance: Tensor, width: Tensor, exact: bool
-) -> Tensor:
+def _interior_quantile(from_near: Tensor, from_far: Tensor, distance: Tensor, width: Tensor, exact: bool) -> Tensor:
     """Invert the normal CDF; without ``exact`` by erfinv, ten times faster and off by 1e-9 far out."""
     far = distance + width
     above = from_far * ndtr(-distance) + from_near * ndtr(-far)

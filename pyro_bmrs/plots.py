@@ -25,7 +25,7 @@ _DELTA_F = r"evidence change $\Delta F$ (nats, symmetric log)"
 def plot_reduction(
     posterior: Distribution, prior: Distribution, reduced_prior: Distribution, ax: Axes | None = None
 ) -> Axes:
-    r"""Draw posterior, prior and reduced prior of one structure, and say what the evidence does (figure 1 of the paper).
+    r"""Draw posterior, prior and reduced prior of one structure, and what the evidence says (the paper's figure 1).
 
     Args:
         posterior: Posterior on theta, of ``batch_shape`` ``()``.
@@ -35,7 +35,8 @@ def plot_reduction(
     """
     ax = _axes(ax)
     delta_f = float(evidence_change(posterior, prior, reduced_prior))
-    low, high = (float(torch.log(bound)) for bound in (prior.support.lower_bound, prior.support.upper_bound))
+    support: Any = prior.support
+    low, high = (float(torch.log(bound)) for bound in (support.lower_bound, support.upper_bound))
     probabilities = torch.linspace(0, 1, 400, dtype=torch.float64)
     grid = torch.cat([torch.log(d.icdf(probabilities).double()) for d in (posterior, prior, reduced_prior)])
     grid = torch.cat([grid, torch.linspace(low, high, 2000, dtype=torch.float64)]).clamp(low, high).sort().values
@@ -55,7 +56,9 @@ def plot_reduction(
     ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     ax.set_xlabel(_LOG_THETA)
     ax.set_ylabel(r"density of $\log\,\theta$ (1/nat, log scale)")
-    ax.set_title(rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {'favours' if delta_f >= 0 else 'is against'} removal")
+    ax.set_title(
+        rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {'favours' if delta_f >= 0 else 'is against'} removal"
+    )
     ax.legend(frameon=False)
     return ax
 
@@ -86,7 +89,7 @@ def plot_forest(guide: TruncatedLogNormalGuide, mass: float = 0.94, ax: Axes | N
         low, median, high = (posterior.log_icdf(torch.full_like(posterior.loc, p)).cpu() for p in (tail, 0.5, 1 - tail))
         order = median.argsort(descending=True)
         rows = row + np.arange(len(order))
-        colours = np.where(keep[site].cpu()[order], KEPT, REMOVED)
+        colours = [KEPT if kept else REMOVED for kept in keep[site][order]]
         ax.hlines(rows, low[order], high[order], colors=colours, linewidth=0.9, alpha=0.6)
         ax.scatter(median[order], rows, c=colours, s=4, zorder=3)
         ticks[_layer(site)] = rows.mean()
@@ -96,7 +99,7 @@ def plot_forest(guide: TruncatedLogNormalGuide, mass: float = 0.94, ax: Axes | N
     ax.set_ylim(row - 2, -2)
     ax.set_xlabel(_LOG_THETA)
     ax.set_ylabel("layer, one row a structure")
-    ax.set_title(f"posterior median and {100 * mass:.0f} % interval")
+    ax.set_title(f"posterior median and {100 * mass:.0f} % interval", loc="right", fontsize=10)
     _legend(ax)
     return ax
 
@@ -122,12 +125,10 @@ def plot_evidence(
         kept = masks[site].cpu().numpy()
         jitter = generator.uniform(-0.3, 0.3, len(kept))
         ax.scatter(column + jitter, values.cpu(), c=np.where(kept, KEPT, REMOVED), s=12, alpha=0.7, linewidth=0)
-        ax.annotate(f"{kept.sum()} of {len(kept)} kept", (column, 1), xycoords=("data", "axes fraction"),
-                    xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
     ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
     ax.set_yscale("symlog", linthresh=1)
-    ax.set_ylim(top=max(10.0, 3 * max(float(values.max()) for values in delta_f.values())))
-    ax.set_xticks(range(len(delta_f)), [_layer(site) for site in delta_f])
+    labels = [f"{_layer(site)}\n{int(masks[site].sum())} of {len(values)} kept" for site, values in delta_f.items()]
+    ax.set_xticks(range(len(delta_f)), labels)
     ax.set_xlabel("layer, one point a structure")
     ax.set_ylabel(_DELTA_F)
     _legend(ax, line=f"decision line, {-prior_log_odds:.2g} nats")
@@ -214,4 +215,4 @@ def _legend(ax: Axes, line: str | None = None) -> None:
         ax.scatter([], [], color=colour, s=16, label=name)
     if line is not None:
         ax.plot([], [], color="black", linestyle="--", linewidth=1, label=line)
-    ax.legend(frameon=True, framealpha=0.9, edgecolor="none")
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from pyro_bmrs.guide import TruncatedLogNormalGuide
 from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
 
 __all__ = ["check_masks", "predict"]
 
@@ -49,7 +49,7 @@ def predict(
         model.train(training)
 
 
-def _layer_names(model: NoisyNetwork) -> dict[str, torch.nn.Module]:
+def _layer_names(model: NoisyNetwork) -> dict[str, MultiplicativeNoise]:
     return {site.removesuffix("theta").removesuffix("."): layer for site, layer in model.noise.items()}
 
 
@@ -63,7 +63,8 @@ def check_masks(model: NoisyNetwork, masks: Mapping[str, Tensor] | None) -> dict
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (sizes[site],):
             found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"the mask of site {site!r} must be a bool tensor of shape ({sizes[site]},), True = keep, but got {found}"
+                f"the mask of site {site!r} must be a bool tensor of shape ({sizes[site]},), True = keep, "
+                f"but got {found}"
             )
     return {
         site: masks[site].to(layer.keep.device) if site in masks else layer.keep.clone()

@@ -143,7 +143,7 @@ class _ScalePruner(BasePruningFunc):
     get_in_channels = get_out_channels
 
 
-def _site_structures(graph: Any, scale: nn.Module, names: dict[nn.Module, str], site: str) -> Structures:
+def _site_structures(graph: Any, scale: Any, names: dict[nn.Module, str], site: str) -> Structures:
     pruner = graph.get_pruner_of_module(scale)
     size = len(scale.scale)
     axes = []
@@ -157,14 +157,16 @@ def _site_structures(graph: Any, scale: nn.Module, names: dict[nn.Module, str], 
                 "move the noise behind it, or leave this site out"
             )
         side: Literal["out", "in"] = "in" if "in_channels" in item.dep.handler.__name__ else "out"
-        positions = module.weight.shape[1 if side == "in" else 0] if isinstance(module, _WEIGHTED) else module.num_features
+        positions = (
+            module.weight.shape[1 if side == "in" else 0] if isinstance(module, _WEIGHTED) else module.num_features
+        )
         index = torch.full((positions,), -1)
         index[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
         axes.append(Axis(names[module], "out" if isinstance(module, _NORMS) else side, index))
     if not any(axis.side == "in" for axis in axes):
         raise ValueError(
-            f"nothing consumes the structures of {site!r}, so removing one would change the network's output; put noise "
-            "between layers only"
+            f"nothing consumes the structures of {site!r}, so removing one would change the network's output; put "
+            "noise between layers only"
         )
     node = graph.module2node[scale]
     return Structures(tuple(axes), _producer(node, names), _consumers(node, names))

@@ -1,6 +1,8 @@
 """From masks to a smaller plain nn.Module, exactly."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,66 +63,74 @@ def compact(
 
 
 def _move_constants_to_biases(net: nn.Module, removed: Mapping[tuple[str, str], Tensor], x: Tensor) -> None:
-    """Add to each consumer's bias what it receives from structures that are about to go: f(0), often but not always 0."""
-    seen: dict[str, Tensor] = {}
-    consumers = {name: gone for (name, side), gone in removed.items() if side == "in" and gone.any()}
-    handles = [
-        net.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.update({name: inputs[0]})  # type: ignore[misc]
-        )
-        for name in consumers
-    ]
-    net(x)
-    for handle in handles:
-        handle.remove()
-    for name, gone in consumers.items():
-        layer = net.get_submodule(name)
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        received = seen[name].movedim(axis, 0).flatten(1)[gone.to(x.device)]
-        constant = received[:, 0]
-        if not received.any():
+    """Add to each consumer's bias what it gets from structures about to go: f(0) of what stands between, often 0."""
+    consumers = {name: gone.to(x.device) for (name, side), gone in removed.items() if side == "in" and gone.any()}
+    for name, received in _inputs_of(net, list(consumers), x).items():
+        layer: Any = net.get_submodule(name)
+        gone = consumers[name]
+        values = received.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)[gone]
+        if not values.any():
             continue
+        constant = values[:, 0]
         padded = not isinstance(layer, nn.Linear) and any(p != 0 for p in layer.padding)
-        if padded or not torch.allclose(received, constant.unsqueeze(1).expand_as(received), atol=1e-6):
+        if padded or not torch.allclose(values, constant.unsqueeze(1).expand_as(values), atol=1e-6):
             raise ValueError(
                 f"structures that layer {name!r} consumes cannot go: with noise zero they still send it something that "
                 "no bias can hold; put the noise directly behind the activation"
             )
-        effect = layer.weight[:, gone.to(x.device)].flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight[:, gone.to(x.device)]
-        bias = torch.zeros(len(layer.weight)).to(layer.weight) if layer.bias is None else layer.bias
-        layer.bias = nn.Parameter(bias + effect @ constant)
+        effect = layer.weight[:, gone].reshape(len(layer.weight), len(constant), -1).sum(2) @ constant
+        layer.bias = nn.Parameter(effect if layer.bias is None else layer.bias + effect)
+
+
+def _inputs_of(net: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor]:
+    """Run ``net`` on ``x`` and return the inputs of the named layers."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                seen[name] = inputs[0]
+
+            hooks.callback(net.get_submodule(name).register_forward_pre_hook(note).remove)
+        net(x)
+    return seen
 
 
 def _fold(net: nn.Module, name: str, parts: Structures, mask: Tensor) -> nn.Module:
     """Multiply the noise of one site into weights, or keep it for the structures that remain."""
-    scale_layer = net.get_submodule(name)
-    scale = scale_layer.scale
+    noise: Any = net.get_submodule(name)
+    scale: Tensor = noise.scale
     if parts.producer is not None:
-        layer = net.get_submodule(parts.producer)
-        layer.weight.mul_(scale.view(-1, *(1,) * (layer.weight.dim() - 1)))
-        if layer.bias is not None:
-            layer.bias.mul_(scale)
+        producer: Any = net.get_submodule(parts.producer)
+        producer.weight.mul_(scale.view(-1, *(1,) * (producer.weight.dim() - 1)))
+        if producer.bias is not None:
+            producer.bias.mul_(scale)
     elif parts.consumers is not None:
         for axis in parts.side("in"):
-            weight = net.get_submodule(axis.module).weight
-            factors = torch.where(axis.index.to(scale.device) >= 0, scale[axis.index.to(scale.device)], 1.0)
-            weight.mul_(factors.view(1, -1, *(1,) * (weight.dim() - 2)))
+            consumer: Any = net.get_submodule(axis.module)
+            index = axis.index.to(scale.device)
+            factors = torch.where(index >= 0, scale[index], 1.0)
+            consumer.weight.mul_(factors.view(1, -1, *(1,) * (consumer.weight.dim() - 2)))
     else:
         kept = mask if mask.any() else torch.arange(len(mask), device=mask.device) == 0
-        return replace_module(net, name, ChannelScale(scale[kept], scale_layer.dim))
+        return replace_module(net, name, ChannelScale(scale[kept], noise.dim))
     return replace_module(net, name, nn.Identity())
+
+
+_SIZES = {"in": ("in_features", "in_channels"), "out": ("out_features", "out_channels", "num_features")}
 
 
 def _keep_positions(layer: nn.Module, side: str, kept: Tensor) -> None:
     """Cut every tensor of a layer down to the kept positions of one side."""
-    for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
-        dim = 1 if side == "in" else 0
-        if tensor.dim() <= dim:
-            continue
-        smaller = tensor.detach().index_select(dim, kept.to(tensor.device)).clone()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(layer, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller)
-    for attribute in {"in": ("in_features", "in_channels"), "out": ("out_features", "out_channels", "num_features")}[side]:
+    dim = 1 if side == "in" else 0
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        if parameter.dim() > dim:
+            smaller = parameter.detach().index_select(dim, kept.to(parameter.device)).clone()
+            setattr(layer, name, nn.Parameter(smaller, parameter.requires_grad))
+    for name, buffer in list(layer.named_buffers(recurse=False)):
+        if buffer.dim() > dim:
+            setattr(layer, name, buffer.index_select(dim, kept.to(buffer.device)))
+    for attribute in _SIZES[side]:
         if hasattr(layer, attribute):
             setattr(layer, attribute, len(kept))
 

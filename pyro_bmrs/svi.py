@@ -1,6 +1,7 @@
 """Fitting: stochastic variational inference, the pruning schedule, and fine-tuning of what remains."""
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import Categorical
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_bmrs.cost import count_parameters
@@ -20,11 +21,13 @@ from pyro_bmrs.data import Data, check_data, check_observations
 from pyro_bmrs.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.guide import TruncatedLogNormalGuide
 from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import fix_noise
 from pyro_bmrs.prediction import predict
-from pyro_bmrs.structures import find_structures
+from pyro_bmrs.structures import Structures, find_structures
+from pyro_bmrs.training import Trainer
 
 __all__ = ["Continuous", "FitResult", "PostTraining", "fit", "resolve_device"]
+
+DEFAULT_CRITERION = BMRS_N(prior_log_odds=math.log(3))
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Continuous:
 
     start: int = 4
     every: int = 1
+
+    def is_due(self, epoch: int) -> bool:
+        """Return whether to prune after ``epoch``, counted from 1."""
+        return epoch >= self.start and (epoch - self.start) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,8 @@ def fit(
     train: Data,
     validation: Data | None = None,
     *,
-    criterion: Criterion | None = BMRS_N(prior_log_odds=math.log(3)),  # noqa: B008  (frozen)
-    pruning: Continuous | PostTraining = Continuous(),  # noqa: B008  (frozen)
+    criterion: Criterion | None = DEFAULT_CRITERION,
+    pruning: Continuous | PostTraining = Continuous(),
     epochs: int = 30,
     fine_tune_epochs: int = 10,
     batch_size: int = 128,
@@ -134,52 +141,60 @@ def fit(
         TypeError, ValueError: If the data or an argument does not fit; before training starts.
         FloatingPointError: If the loss or a parameter stops being finite; names the step and the site.
     """
+    started = time.perf_counter()
     posterior_lr = 50 * lr if posterior_lr is None else posterior_lr
+    _check_numbers(
+        positive={"lr": lr, "posterior_lr": posterior_lr},
+        not_negative={"epochs": epochs, "fine_tune_epochs": fine_tune_epochs, "kl_warmup_epochs": kl_warmup_epochs},
+    )
     x, y = check_data(train, "train")
     if not 1 <= batch_size <= len(x):
         raise ValueError(f"batch_size must lie between 1 and the {len(x)} training examples, but got {batch_size}")
-    for name, value in {"epochs": epochs, "fine_tune_epochs": fine_tune_epochs, "kl_warmup_epochs": kl_warmup_epochs}.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, but got {value}")
-    for name, rate in {"lr": lr, "posterior_lr": posterior_lr}.items():
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"{name} must be a positive number, but got {rate}")
     target = resolve_device(device)
     model.to(target)
     guide.to(target)
-    held_out = None if validation is None else _on_device(check_data(validation, "validation"), target)
-    run = _Run(
-        model=model,
-        guide=guide,
-        train=_on_device((x, y), target),
-        validation=held_out,
-        criterion=criterion,
-        elbo=MeanFieldELBO(granularity),
-        batch_size=batch_size,
-        bar=tqdm(total=epochs + fine_tune_epochs, unit="epoch", disable=not progress),
-        on_epoch=on_epoch,
+    training_data = (x.to(target), y.to(target))
+    held_out = None
+    if validation is not None:
+        x_held_out, y_held_out = check_data(validation, "validation")
+        held_out = (x_held_out.to(target), y_held_out.to(target))
+    level_epochs = len(pruning.levels) * pruning.epochs_per_level if isinstance(pruning, PostTraining) else 0
+    bar = tqdm(
+        total=epochs + level_epochs + fine_tune_epochs,
+        unit="epoch",
+        disable=not progress,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
     )
-    with run.bar, _local_settings(seed, target):
-        check_observations(model, *run.train, "train")
-        if run.validation is not None:
-            check_observations(model, *run.validation, "validation")
-        levels = pruning.levels if isinstance(pruning, PostTraining) else ()
-        level_epochs = len(levels) * pruning.epochs_per_level if isinstance(pruning, PostTraining) else 0
-        run.bar.total += level_epochs
-        run.prepare(lr, posterior_lr, epochs, epochs + level_epochs + fine_tune_epochs)
-        for epoch in range(epochs):
-            run.noisy_epoch(kl_warmup_epochs)
-            if isinstance(pruning, Continuous) and epoch + 1 >= pruning.start:
-                if (epoch + 1 - pruning.start) % pruning.every == 0:
-                    run.prune()
-            run.record("noisy")
-        run.freeze()
-        if isinstance(pruning, PostTraining) and criterion is not None:
-            run.prune_progressively(pruning)
+    with bar, _local_settings(seed, target):
+        check_observations(model, *training_data, "train")
+        if held_out is not None:
+            check_observations(model, *held_out, "validation")
+        trainer = Trainer(model, guide, MeanFieldELBO(granularity), training_data, batch_size)
+        trainer.set_rates(lr, posterior_lr, epochs, epochs + level_epochs + fine_tune_epochs)
+        pruner = _Pruner(model, guide, criterion, (x[:batch_size].to(target), y[:batch_size].to(target)))
+        history = _History(model, guide, pruner.structures, held_out, bar, on_epoch)
+        for epoch in range(1, epochs + 1):
+            loss = trainer.noisy_epoch(kl_warmup_epochs)
+            if isinstance(pruning, Continuous) and pruning.is_due(epoch):
+                pruner.remove_supported()
+            history.record("noisy", loss)
+        pruner.restore_removed()
+        if isinstance(pruning, PostTraining):
+            for level, removed in pruner.remove_by_levels(pruning):
+                for _ in range(pruning.epochs_per_level):
+                    history.record("post-training", trainer.fine_tune_epoch(), level=level, removed=removed)
         for _ in range(fine_tune_epochs):
-            run.fine_tune_epoch()
-            run.record("fine-tune")
-    return FitResult(model.masks, run.scores, run.history, time.perf_counter() - run.started)
+            history.record("fine-tune", trainer.fine_tune_epoch())
+    return FitResult(model.masks, pruner.scores, history.entries, time.perf_counter() - started)
+
+
+def _check_numbers(positive: Mapping[str, float], not_negative: Mapping[str, float]) -> None:
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, but got {value}")
+    for name, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, but got {value}")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -187,10 +202,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
-
-
-def _on_device(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    return pair[0].to(device), pair[1].to(device)
 
 
 @contextmanager
@@ -203,208 +214,126 @@ def _local_settings(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Run:
-    """One fit: the state that its epochs share."""
+class _Pruner:
+    """Asks the criterion and removes what it says; keeps the posteriors for which structures were removed."""
 
     def __init__(
         self,
         model: NoisyNetwork,
         guide: TruncatedLogNormalGuide,
-        train: tuple[Tensor, Tensor],
-        validation: tuple[Tensor, Tensor] | None,
         criterion: Criterion | None,
-        elbo: MeanFieldELBO,
-        batch_size: int,
-        bar: "tqdm[Any]",
-        on_epoch: Callable[[dict[str, Any]], None] | None,
+        batch: tuple[Tensor, Tensor],
     ) -> None:
-        self.model, self.guide, self.train, self.validation = model, guide, train, validation
-        self.criterion, self.elbo, self.bar, self.on_epoch = criterion, elbo, bar, on_epoch
-        self.steps_per_epoch = math.ceil(len(train[0]) / batch_size)
-        self.batch_size = batch_size
-        self.history: list[dict[str, Any]] = []
+        self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
+        self.structures = find_structures(model.net, batch[0][:2])
         self.scores: dict[str, Tensor] = {}
-        self.started = self.epoch_started = time.perf_counter()
-        self.step = 0
-        self.loss = math.nan
+        self._at_removal = [parameter.detach().clone() for parameter in self._posterior_parameters()]
 
-    def prepare(self, lr: float, posterior_lr: float, noisy_epochs: int, epochs: int) -> None:
-        """Trace the network's structures and set up the optimiser."""
-        model = self.model
-        if model.num_data is None:
-            model.num_data = len(self.train[0])
-        self.kl_weight = model.kl_weight
-        self.structures = find_structures(model.net, self.train[0][:2])
-        self.parameters_dense = count_parameters(model.net)
-        self.frozen = (self.guide.loc.detach().clone(), self.guide.log_scale.detach().clone())
-        weights = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            [{"params": weights, "lr": lr}, {"params": list(self.guide.parameters()), "lr": posterior_lr}], fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, [_cosine(n * self.steps_per_epoch) for n in (epochs, noisy_epochs)]
-        )
-
-    def noisy_epoch(self, kl_warmup_epochs: int) -> None:
-        """One epoch of SVI."""
-        model, guide = self.model, self.guide
-        warmup = kl_warmup_epochs * self.steps_per_epoch
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            model.kl_weight = self.kl_weight * min(1.0, (self.step + 1) / (warmup + 1))
-            return self.elbo.differentiable_loss(model, guide, x, y) / model.num_data
-
-        try:
-            self._epoch(loss)
-        finally:
-            model.kl_weight = self.kl_weight
-
-    def fine_tune_epoch(self) -> None:
-        """One epoch of the weights alone, every noise at its posterior mean."""
-        model = self.model
-        means = {site: mean.detach() for site, mean in self.guide.mean().items()}
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            with fix_noise(means):
-                return -model.likelihood(model.net(x)).log_prob(y).mean()
-
-        self._epoch(loss)
-
-    def _epoch(self, loss_of_batch: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.model.train()
-        x, y = self.train
-        losses = []
-        for batch in torch.randperm(len(x), device=x.device).tensor_split(self.steps_per_epoch):
-            self.optimizer.zero_grad()
-            loss = loss_of_batch(x[batch], y[batch])
-            if not loss.is_cuda and not math.isfinite(loss.item()):
-                raise self._not_finite(f"the loss became {loss.item()} at step {self.step}")
-            loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
-            losses.append(loss.detach())
-            self.step += 1
-        record = torch.stack(losses)
-        if not bool(torch.isfinite(record).all()):
-            first = self.step - len(losses) + int((~torch.isfinite(record)).nonzero()[0])
-            raise self._not_finite(f"the loss became {record[~torch.isfinite(record)][0].item()} at step {first}")
-        if self._non_finite_tensors():
-            raise self._not_finite(f"a parameter stopped being finite by step {self.step}")
-        self.loss = record.mean().item()
-
-    def _non_finite_tensors(self) -> list[str]:
-        named = {**{f"weight {name!r}": p for name, p in self.model.net.named_parameters()}}
-        for what, flat in (("location", self.guide.loc), ("log scale", self.guide.log_scale)):
-            named.update({f"posterior {what} of site {site!r}": part for site, part in self.guide.split(flat).items()})
-        return [name for name, tensor in named.items() if not bool(torch.isfinite(tensor).all())]
-
-    def _not_finite(self, what: str) -> FloatingPointError:
-        culprits = self._non_finite_tensors() or [self._first_non_finite_activation()]
-        return FloatingPointError(f"{what}; not finite: {', '.join(culprits[:3])}. Lower lr or posterior_lr")
-
-    @torch.no_grad()
-    def _first_non_finite_activation(self) -> str:
-        """Return the noise site at whose input the network's activations first overflow."""
-        found: list[str] = []
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, inputs, site=site: found.append(site) if not bool(torch.isfinite(inputs[0]).all()) else None
-            )
-            for site, layer in self.model.noise.items()
-        ]
-        with fix_noise(self.guide.mean()):
-            self.model.net(self.train[0][: self.batch_size])
-        for handle in handles:
-            handle.remove()
-        return f"the input of site {found[0]!r}" if found else "the likelihood of the network's output"
-
-    def prune(self) -> None:
+    def remove_supported(self) -> None:
         """Remove what the criterion supports removing."""
+        if self.criterion is not None:
+            context = self._context()
+            supported = self.criterion.supported(context)
+            self._note(self.criterion.scores(context))
+            self._remove(supported)
+
+    def remove_by_levels(self, schedule: PostTraining) -> Iterator[tuple[float, int]]:
+        """Remove the highest scores first, and yield each level and the number removed once it is reached."""
         if self.criterion is None:
             return
         context = self._context()
-        supported = self.criterion.supported(context)
-        self._note_scores(self.criterion.scores(context))
-        self._remove(supported)
+        supported = torch.cat(list(self.criterion.supported(context).values()))
+        scores = self.criterion.scores(context)
+        self._note(scores)
+        flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
+        by_score = flat.argsort(descending=True)
+        order = by_score[supported[by_score].argsort(descending=True, stable=True)]  # supported ones first
+        limit = int(supported.sum()) if schedule.stop else len(order)
+        for level in schedule.levels:
+            count = min(round(level * len(order)), limit)
+            self._remove(self.guide.split(torch.zeros_like(supported).index_fill(0, order[:count], True)))
+            yield level, count
+            if count == limit:
+                return
+
+    def restore_removed(self) -> None:
+        """Give removed structures back the posteriors they were removed for; Adam's momentum has moved them on."""
+        removed = ~self.guide.keep
+        with torch.no_grad():
+            for saved, parameter in zip(self._at_removal, self._posterior_parameters(), strict=True):
+                parameter[removed] = saved[removed]
+
+    def _posterior_parameters(self) -> tuple[Tensor, Tensor]:
+        return self.guide.loc, self.guide.log_scale
 
     def _context(self) -> PruningContext:
-        x, y = self.train
-        return PruningContext(self.model.eval(), self.guide, self.structures, x[: self.batch_size], y[: self.batch_size])
+        return PruningContext(self.model.eval(), self.guide, self.structures, *self.batch)
 
-    def _note_scores(self, scores: Mapping[str, Tensor]) -> None:
+    def _note(self, scores: Mapping[str, Tensor]) -> None:
         masks = self.model.masks
         self.scores = {
             site: torch.where(masks[site], score, self.scores.get(site, score)) for site, score in scores.items()
         }
 
     def _remove(self, removed: Mapping[str, Tensor]) -> None:
-        flat = torch.cat([removed[site] for site in self.guide.sizes])
-        still = flat & self.guide.keep
-        for frozen, parameter in zip(self.frozen, (self.guide.loc, self.guide.log_scale), strict=True):
-            frozen[still] = parameter.detach()[still]
+        newly = torch.cat([removed[site] for site in self.guide.sizes]) & self.guide.keep
+        for saved, parameter in zip(self._at_removal, self._posterior_parameters(), strict=True):
+            saved[newly] = parameter.detach()[newly]
         for site, layer in self.model.noise.items():
             alive = bool(layer.keep.any())
             layer.remove(removed[site])
             if alive and not bool(layer.keep.any()):
                 warnings.warn(
-                    f"{site!r} has lost all its structures: the network's output no longer depends on what comes before; "
-                    "lower model.kl_weight, or prune later",
+                    f"{site!r} has lost all its structures: the network's output no longer depends on what comes "
+                    "before; lower model.kl_weight, or prune later",
                     RuntimeWarning,
                     stacklevel=4,
                 )
 
-    def freeze(self) -> None:
-        """Put the posteriors of removed structures back to what they were on removal; Adam's momentum moved them on."""
-        gone = ~self.guide.keep
-        with torch.no_grad():
-            for frozen, parameter in zip(self.frozen, (self.guide.loc, self.guide.log_scale), strict=True):
-                parameter[gone] = frozen[gone]
 
-    def prune_progressively(self, schedule: PostTraining) -> None:
-        """Remove the highest scores first, level by level, fine-tuning at each."""
-        assert self.criterion is not None
-        context = self._context()
-        supported = torch.cat(list(self.criterion.supported(context).values()))
-        scores = self.criterion.scores(context)
-        self._note_scores(scores)
-        flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
-        order = torch.where(supported, flat, flat.nan_to_num(posinf=0) - 1e30).argsort(descending=True)
-        limit = int(supported.sum()) if schedule.stop else len(order)
-        for level in schedule.levels:
-            count = min(round(level * len(order)), limit)
-            removed = torch.zeros_like(supported)
-            removed[order[:count]] = True
-            self._remove(self.guide.split(removed))
-            for _ in range(schedule.epochs_per_level):
-                self.fine_tune_epoch()
-                self.record("post-training", level=level, removed=count)
-            if count == limit:
-                break
+class _History:
+    """Records each epoch, shows it on the bar and passes it on."""
 
-    def record(self, phase: str, **extra: float) -> None:
-        """Append the epoch to the history and show it."""
+    def __init__(
+        self,
+        model: NoisyNetwork,
+        guide: TruncatedLogNormalGuide,
+        structures: Mapping[str, Structures],
+        validation: tuple[Tensor, Tensor] | None,
+        bar: "tqdm[Any]",
+        on_epoch: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.model, self.guide, self.structures, self.validation = model, guide, structures, validation
+        self.bar, self.on_epoch = bar, on_epoch
+        self.entries: list[dict[str, Any]] = []
+        self._parameters_dense = count_parameters(model.net)
+        self._last = time.perf_counter()
+
+    def record(self, phase: str, loss: float, **extra: float) -> None:
+        """Append the epoch that has just ended."""
         masks = self.model.masks
         parameters = count_parameters(self.model.net, self.structures, masks)
+        metrics = self._validate()
         now = time.perf_counter()
         entry: dict[str, Any] = {
-            "epoch": len(self.history) + 1,
+            "epoch": len(self.entries) + 1,
             "phase": phase,
-            "loss": self.loss,
+            "loss": loss,
             "kl": self.guide.kl().item(),
-            "kl_weight": self.kl_weight,
+            "kl_weight": self.model.kl_weight,
             "structures": sum(int(mask.sum()) for mask in masks.values()),
             "parameters": parameters,
-            "compression": 1 - parameters / self.parameters_dense,
+            "compression": 1 - parameters / self._parameters_dense,
             **extra,
-            **self._validate(),
-            "seconds": now - self.epoch_started,
+            **metrics,
+            "seconds": now - self._last,
         }
-        self.epoch_started = now
-        self.history.append(entry)
-        shown = {"loss": entry["loss"], "removed": f"{100 * entry['compression']:.1f} %"}
+        self._last = now
+        self.entries.append(entry)
+        shown = {"loss": f"{loss:.3g}", "removed": f"{100 * entry['compression']:.1f} %"}
         if "accuracy_validation" in entry:
             shown["accuracy"] = f"{100 * entry['accuracy_validation']:.2f} %"
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if self.on_epoch is not None:
             self.on_epoch(entry)
@@ -418,7 +347,3 @@ class _Run:
         if isinstance(observed, Categorical):
             metrics["accuracy_validation"] = (observed.logits.argmax(-1) == y).double().mean().item()
         return metrics
-
-
-def _cosine(steps: int) -> Callable[[int], float]:
-    return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))

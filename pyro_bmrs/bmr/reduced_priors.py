@@ -51,7 +51,7 @@ def precision_window(prior: LogUniform, p1: float = 8, p2: float | None = 23) ->
     if not bool(inside.all()):
         raise ValueError(
             f"the window 2^-{p2} to 2^-{p1} must not be empty and must lie within the prior's support "
-            f"[exp({prior.log_low.min():g}), exp({prior.log_high.max():g})]; choose p1 < p2, or p2=None to reach down to "
-            "the prior's bound"
+            f"[exp({prior.log_low.min():g}), exp({prior.log_high.max():g})]; choose p1 < p2, or p2=None to reach down "
+            "to the prior's bound"
         )
     return LogUniform(log_low, log_high, validate_args=False)

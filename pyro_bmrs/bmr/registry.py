@@ -6,7 +6,7 @@ inference: an open registry of closed forms, and an honest refusal where there i
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -20,10 +20,10 @@ __all__ = [
 ]
 
 Triple = tuple[type[Distribution], type[Distribution], type[Distribution]]
-Rule = TypeVar("Rule", bound=Callable[..., object])
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
-_EVIDENCE_CHANGES: dict[Triple, Callable[..., Tensor]] = {}
-_REDUCED_POSTERIORS: dict[Triple, Callable[..., Distribution]] = {}
+_EVIDENCE_CHANGES: dict[Triple, Callable[..., Any]] = {}
+_REDUCED_POSTERIORS: dict[Triple, Callable[..., Any]] = {}
 
 
 def register_evidence_change(
@@ -47,7 +47,7 @@ def register_reduced_posterior(
     return _register(_REDUCED_POSTERIORS, (type_q, type_p, type_reduced))
 
 
-def _register(table: dict[Triple, Callable[..., object]], triple: Triple) -> Callable[[Rule], Rule]:
+def _register(table: dict[Triple, Callable[..., Any]], triple: Triple) -> Callable[[Rule], Rule]:
     for kind in triple:
         if not (isinstance(kind, type) and issubclass(kind, Distribution)):
             raise TypeError(f"expected subclasses of torch.distributions.Distribution, but got {kind!r}")
@@ -61,7 +61,7 @@ def _register(table: dict[Triple, Callable[..., object]], triple: Triple) -> Cal
 
 
 @lru_cache(maxsize=256)
-def _find_rule(question: str, triple: Triple) -> Callable[..., object]:
+def _find_rule(question: str, triple: Triple) -> Callable[..., Any]:
     table = _EVIDENCE_CHANGES if question == "evidence_change" else _REDUCED_POSTERIORS
     matches = [
         registered
@@ -118,7 +118,7 @@ def evidence_change(posterior: Distribution, prior: Distribution, reduced_prior:
             evidence_change(*_unwrap(posterior, prior, reduced_prior)), posterior.reinterpreted_batch_ndims
         )
     rule = _find_rule("evidence_change", (type(posterior), type(prior), type(reduced_prior)))
-    return rule(posterior, prior, reduced_prior)  # type: ignore[return-value]
+    return rule(posterior, prior, reduced_prior)
 
 
 def reduced_posterior(posterior: Distribution, prior: Distribution, reduced_prior: Distribution) -> Distribution:
@@ -138,10 +138,10 @@ def reduced_posterior(posterior: Distribution, prior: Distribution, reduced_prio
         base = reduced_posterior(*_unwrap(posterior, prior, reduced_prior))
         return Independent(base, posterior.reinterpreted_batch_ndims)
     rule = _find_rule("reduced_posterior", (type(posterior), type(prior), type(reduced_prior)))
-    return rule(posterior, prior, reduced_prior)  # type: ignore[return-value]
+    return rule(posterior, prior, reduced_prior)
 
 
-def _unwrap(posterior: Independent, *others: Distribution) -> tuple[Distribution, ...]:
+def _unwrap(posterior: Any, *others: Any) -> tuple[Distribution, ...]:
     dims = posterior.reinterpreted_batch_ndims
     for other in others:
         if not isinstance(other, Independent) or other.reinterpreted_batch_ndims != dims:
@@ -149,4 +149,4 @@ def _unwrap(posterior: Independent, *others: Distribution) -> tuple[Distribution
                 f"posterior, prior and reduced prior need the same event dimensions, but the posterior reinterprets "
                 f"{dims} and {other} does not; call .to_event({dims}) on it"
             )
-    return (posterior.base_dist, *(other.base_dist for other in others))  # type: ignore[attr-defined]
+    return (posterior.base_dist, *(other.base_dist for other in others))

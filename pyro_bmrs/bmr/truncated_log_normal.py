@@ -17,9 +17,7 @@ __all__: list[str] = []
 
 
 @register_reduced_posterior(TruncatedLogNormal, LogUniform, LogUniform)
-def _reduced_posterior_window(
-    q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform
-) -> TruncatedLogNormal:
+def _reduced_posterior_window(q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform) -> TruncatedLogNormal:
     _check_supports(q, p, reduced)
     return TruncatedLogNormal(q.loc, q.scale, reduced.log_low, reduced.log_high, validate_args=False)
 
@@ -30,9 +28,7 @@ def _reduced_posterior_log_normal(
 ) -> TruncatedLogNormal:
     _check_supports(q, p, reduced)
     loc, scale = _product(q, reduced)
-    return TruncatedLogNormal(
-        loc.to(q.loc), scale.to(q.loc), reduced.log_low, reduced.log_high, validate_args=False
-    )
+    return TruncatedLogNormal(loc.to(q.loc), scale.to(q.loc), reduced.log_low, reduced.log_high, validate_args=False)
 
 
 @register_evidence_change(TruncatedLogNormal, LogUniform, LogUniform)
@@ -88,9 +84,7 @@ def _product_coordinates(q: TruncatedLogNormal, reduced: TruncatedLogNormal) -> 
     return torch.maximum(to_low, -to_high), (high - low) / q_scale * (norm / r_scale)
 
 
-def _check_supports(
-    q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform | TruncatedLogNormal
-) -> None:
+def _check_supports(q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform | TruncatedLogNormal) -> None:
     for name, inner in (("posterior", q), ("reduced prior", reduced)):
         if not bool(((p.log_low <= inner.log_low) & (inner.log_high <= p.log_high)).all()):
             raise ValueError(

@@ -67,7 +67,7 @@ class LogUniform(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         uniform = torch.rand(shape, dtype=self.log_low.dtype, device=self.log_low.device)
         return self.icdf(uniform)

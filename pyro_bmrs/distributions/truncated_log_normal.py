@@ -125,7 +125,7 @@ class TruncatedLogNormal(TorchDistribution):
         """Return the quantile of log(theta) at probability ``value``."""
         return numerics.quantile(value.double(), self.loc, self.scale, self.log_low, self.log_high)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         return self.icdf(torch.rand(shape, dtype=torch.float64, device=self.loc.device))
 
