@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, precision_window, spike
 from pyro_bmrs.cost import count_parameters
@@ -25,10 +26,12 @@ __all__ = [
     "BMRS_U",
     "SNR",
     "Criterion",
+    "EvidenceCriterion",
     "GradientWeightNorm",
     "PosteriorMean",
     "PruningContext",
     "Random",
+    "RankingCriterion",
     "WeightNorm",
 ]
 
@@ -71,10 +74,17 @@ class Criterion:
 
 
 @dataclass(frozen=True)
-class _EvidenceCriterion(Criterion):
+class EvidenceCriterion(Criterion):
+    """Remove where the evidence, with the prior odds, favours a reduced prior; subclasses say which.
+
+    Args:
+        prior_log_odds: Log-odds, before seeing data, of a structure being absent.
+    """
+
     prior_log_odds: float = field(default=0.0, kw_only=True)
 
-    def reduced_prior(self, prior: LogUniform) -> LogUniform | TruncatedLogNormal:
+    def reduced_prior(self, prior: LogUniform) -> Distribution:
+        """Return the prior that would remove structures whose prior is ``prior``."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -87,7 +97,7 @@ class _EvidenceCriterion(Criterion):
 
 
 @dataclass(frozen=True)
-class BMRS_N(_EvidenceCriterion):  # noqa: N801  (the paper's name)
+class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
     r"""Remove where the evidence favours a spike at the lower bound: :math:`\Delta F` + prior log-odds >= 0 (eq. 8).
 
     Args:
@@ -106,7 +116,7 @@ class BMRS_N(_EvidenceCriterion):  # noqa: N801  (the paper's name)
 
 
 @dataclass(frozen=True)
-class BMRS_U(_EvidenceCriterion):  # noqa: N801  (the paper's name)
+class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
     r"""Remove where the evidence favours noise too small for the arithmetic: :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10).
 
     Args:
@@ -151,7 +161,7 @@ class PosteriorMean(Criterion):
 
 
 @dataclass(frozen=True)
-class _RankingCriterion(Criterion):
+class RankingCriterion(Criterion):
     """A criterion without a decision line: it removes as many parameters as ``match`` would.
 
     Args:
@@ -190,7 +200,7 @@ def _parameters_without(context: PruningContext, removed: Scores) -> int:
 
 
 @dataclass(frozen=True)
-class WeightNorm(_RankingCriterion):
+class WeightNorm(RankingCriterion):
     """Rank by the L2 norm of a structure's incoming weights, smallest first."""
 
     @torch.no_grad()
@@ -200,7 +210,7 @@ class WeightNorm(_RankingCriterion):
 
 
 @dataclass(frozen=True)
-class GradientWeightNorm(_RankingCriterion):
+class GradientWeightNorm(RankingCriterion):
     """Rank by the norm of the loss's gradient in a structure's incoming weights times their norm, smallest first."""
 
     def scores(self, context: PruningContext) -> Scores:
@@ -219,7 +229,7 @@ class GradientWeightNorm(_RankingCriterion):
 
 
 @dataclass(frozen=True)
-class Random(_RankingCriterion):
+class Random(RankingCriterion):
     """Rank by chance, the same at every pruning.
 
     Args:

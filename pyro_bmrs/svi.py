@@ -35,16 +35,18 @@ class Continuous:
     """Prune while training (algorithm 1 of the paper, upper half).
 
     Args:
-        start: Number of epochs before the first pruning.
+        start: Epoch after which to prune first, counted from 1; by default the first one with the KL at its full
+            weight, since what has been fitted before is not the model's posterior.
         every: Number of epochs between prunings.
     """
 
-    start: int = 4
+    start: int | None = None
     every: int = 1
 
-    def is_due(self, epoch: int) -> bool:
+    def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
         """Return whether to prune after ``epoch``, counted from 1."""
-        return epoch >= self.start and (epoch - self.start) % self.every == 0
+        start = kl_warmup_epochs + 1 if self.start is None else self.start
+        return epoch >= start and (epoch - start) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def fit(
     epochs: int = 30,
     fine_tune_epochs: int = 10,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     posterior_lr: float | None = None,
-    kl_warmup_epochs: int = 0,
+    kl_warmup_epochs: int | None = None,
     granularity: Granularity = "example",
     device: str | torch.device = "auto",
     seed: int | None = None,
@@ -127,7 +129,9 @@ def fit(
         lr: Initial learning rate of the weights.
         posterior_lr: Initial learning rate of the posterior's parameters, in units of :math:`\log\theta`;
             by default 50 times ``lr``: locations have to travel, weights do not.
-        kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``.
+        kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``; by default a
+            quarter of ``epochs``. Without, a posterior that moves faster than the weights collapses onto its prior
+            before they have learned anything.
         granularity: How often noise is drawn, see ``MeanFieldELBO``.
         device: ``"auto"`` takes CUDA if there is a device.
         seed: Seed of data order and noise; the caller's random state is left alone. None draws from it instead.
@@ -143,6 +147,7 @@ def fit(
     """
     started = time.perf_counter()
     posterior_lr = 50 * lr if posterior_lr is None else posterior_lr
+    kl_warmup_epochs = epochs // 4 if kl_warmup_epochs is None else kl_warmup_epochs
     _check_numbers(
         positive={"lr": lr, "posterior_lr": posterior_lr},
         not_negative={"epochs": epochs, "fine_tune_epochs": fine_tune_epochs, "kl_warmup_epochs": kl_warmup_epochs},
@@ -175,7 +180,7 @@ def fit(
         history = _History(model, guide, pruner.structures, held_out, bar, on_epoch)
         for epoch in range(1, epochs + 1):
             loss = trainer.noisy_epoch(kl_warmup_epochs)
-            if isinstance(pruning, Continuous) and pruning.is_due(epoch):
+            if isinstance(pruning, Continuous) and pruning.is_due(epoch, kl_warmup_epochs):
                 pruner.remove_supported()
             history.record("noisy", loss)
         pruner.restore_removed()

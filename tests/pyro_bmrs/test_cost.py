@@ -1,0 +1,35 @@
+import pytest
+import torch
+from nets import NETWORKS, build, random_masks
+from torch import nn
+
+import pyro_bmrs as bmrs
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "noise_before_sigmoid"])  # it gains a bias
+def test_masked_count_is_that_of_the_smaller_network(name):
+    model, guide, x = build(name)
+    masks = random_masks(model)
+    masks[next(iter(masks))][:] = False
+    small = bmrs.compact(model, guide, masks, x)
+    structures = bmrs.find_structures(model.net, x)
+    assert bmrs.count_parameters(model.net, structures, masks) == bmrs.count_parameters(small)
+
+
+def test_parameters_of_a_known_network():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), bmrs.MultiplicativeNoise(4), nn.Linear(4, 2))
+    assert bmrs.count_parameters(net) == 3 * 4 + 4 + 4 * 2 + 2
+    net[0].weight.requires_grad_(False)
+    assert bmrs.count_parameters(net) == 4 + 4 * 2 + 2
+
+
+def test_flops_of_a_known_network():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 4 * 4, 5))
+    assert bmrs.count_flops(net, torch.zeros(1, 1, 6, 6)) == 2 * (2 * 9 * 16 + 32 * 5)
+
+
+def test_latency_has_one_positive_time_a_network():
+    nets = [nn.Linear(4, 4), nn.Linear(8, 8).requires_grad_(False)]
+    seconds = bmrs.measure_latency(nets[:1], torch.zeros(2, 4), rounds=3)
+    assert len(seconds) == 1
+    assert seconds[0] > 0

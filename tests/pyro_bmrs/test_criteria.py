@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+from nets import build
+from torch.distributions import Distribution
+
+import pyro_bmrs as bmrs
+
+ALL = [
+    bmrs.BMRS_N(),
+    bmrs.BMRS_U(8),
+    bmrs.BMRS_U(4),
+    bmrs.BMRS_U(8, p2=None),
+    bmrs.SNR(1.0),
+    bmrs.PosteriorMean(0.1),
+    bmrs.WeightNorm(),
+    bmrs.GradientWeightNorm(),
+    bmrs.Random(seed=3),
+]
+
+
+@pytest.fixture
+def context():
+    """LeNet-5 in which every second structure has a posterior like the prior, and the others sit firmly at one."""
+    model, guide, x = build("lenet5")
+    with torch.no_grad():
+        guide.loc.copy_(torch.where(torch.arange(len(guide.loc)) % 2 == 0, -9.0, -0.1))
+        guide.log_scale.copy_(torch.where(torch.arange(len(guide.loc)) % 2 == 0, 4.0, -3.0))
+    y = torch.arange(len(x)) % 10
+    return bmrs.PruningContext(model, guide, bmrs.find_structures(model.net, x), x, y)
+
+
+@pytest.mark.parametrize("criterion", ALL, ids=repr)
+def test_scores_are_finite_and_one_a_structure(criterion, context):
+    scores = criterion.scores(context)
+    assert {site: tuple(score.shape) for site, score in scores.items()} == {
+        site: (size,) for site, size in context.model.sizes.items()
+    }
+    assert all(bool(torch.isfinite(score).all()) for score in scores.values())
+
+
+@pytest.mark.parametrize("criterion", ALL, ids=repr)
+def test_what_has_been_removed_is_not_supported_again(criterion, context):
+    for site, layer in context.model.noise.items():
+        layer.remove(torch.arange(context.model.sizes[site]) < 3)
+    assert not any(bool(removed[:3].any()) for removed in criterion.supported(context).values())
+
+
+@pytest.mark.parametrize(
+    "criterion", [bmrs.BMRS_N(prior_log_odds=math.log(3)), bmrs.SNR(1.0), bmrs.PosteriorMean(0.1)], ids=repr
+)
+def test_posteriors_like_the_prior_go_and_firm_ones_stay(criterion, context):
+    flat = torch.cat(list(criterion.supported(context).values()))
+    assert flat.tolist() == (torch.arange(len(flat)) % 2 == 0).tolist()
+
+
+def test_evidence_scores_are_the_evidence_change_plus_the_odds(context):
+    site, q = next(iter(context.guide.posterior().items()))
+    prior = context.guide.prior()[site]
+    found = bmrs.BMRS_N(prior_log_odds=0.5).scores(context)[site]
+    torch.testing.assert_close(found, bmrs.evidence_change(q, prior, bmrs.spike(prior)).detach() + 0.5)
+    window = bmrs.BMRS_U(4, prior_log_odds=0.5).scores(context)[site]
+    torch.testing.assert_close(window, bmrs.evidence_change(q, prior, bmrs.precision_window(prior, 4)).detach() + 0.5)
+
+
+def test_a_closed_window_keeps_what_collapsed_below_it(context):
+    """BMRS_U's blind spot: mass below 2^-23 counts against removal unless the window reaches down to the prior's end."""
+    with torch.no_grad():
+        context.guide.loc.fill_(-19.0)
+        context.guide.log_scale.fill_(-2.0)
+    assert not any(bool(removed.any()) for removed in bmrs.BMRS_U(8).supported(context).values())
+    assert all(bool(removed.all()) for removed in bmrs.BMRS_U(8, p2=None).supported(context).values())
+
+
+def test_a_score_that_is_no_number_removes_nothing(context):
+    class Broken(bmrs.Criterion):
+        def scores(self, context):
+            return {site: torch.full((size,), math.nan) for site, size in context.model.sizes.items()}
+
+    assert not any(bool(removed.any()) for removed in Broken().supported(context).values())
+
+
+@pytest.mark.parametrize("kind", [bmrs.WeightNorm, bmrs.GradientWeightNorm, bmrs.Random])
+def test_rankings_match_the_compression_of_another_criterion(kind, context):
+    match = bmrs.BMRS_N(prior_log_odds=math.log(3))
+
+    def parameters(criterion):
+        masks = {site: ~removed for site, removed in criterion.supported(context).items()}
+        return bmrs.count_parameters(context.model.net, context.structures, masks)
+
+    dense = bmrs.count_parameters(context.model.net)
+    assert parameters(match) < dense
+    # As close as whole structures allow: a conv2 filter is worth 25 * 120 of the 61,706 parameters.
+    assert 0 <= parameters(match) - parameters(kind(match=match)) < 0.06 * dense
+
+
+def test_weight_norm_is_the_norm_of_incoming_weights(context):
+    scores = bmrs.WeightNorm().scores(context)
+    torch.testing.assert_close(
+        -scores["conv2_noise.theta"], context.model.net.conv2.weight.flatten(1).norm(dim=1).detach()
+    )
+    torch.testing.assert_close(-scores["fc1_noise.theta"], context.model.net.fc1.weight.norm(dim=1).detach())
+
+
+def test_gradient_weight_norm_is_the_product_of_both_norms(context):
+    net = context.model.net
+    scores = bmrs.GradientWeightNorm().scores(context)
+    means = {site: mean.detach() for site, mean in context.guide.mean().items()}
+    with bmrs.noise.fix_noise(means):
+        loss = torch.nn.functional.cross_entropy(net(context.x), context.y)
+    gradient = torch.autograd.grad(loss, net.fc2.weight)[0]
+    torch.testing.assert_close(-scores["fc2_noise.theta"], gradient.norm(dim=1) * net.fc2.weight.norm(dim=1))
+
+
+def test_a_new_reduced_prior_is_one_small_class(context):
+    class HalfWindow(bmrs.EvidenceCriterion):
+        def reduced_prior(self, prior) -> Distribution:
+            return bmrs.LogUniform(prior.log_low, prior.log_low / 2)
+
+    scores = HalfWindow().scores(context)
+    assert bool((torch.cat(list(scores.values()))[1::2] < 0).all())

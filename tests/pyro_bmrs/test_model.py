@@ -1,0 +1,79 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from nets import blobs, build, small_classifier
+from pyro import poutine
+from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+import pyro_bmrs as bmrs
+
+
+def test_trace_has_one_site_a_layer_and_the_observations():
+    model, _, x = build("lenet5")
+    y = torch.zeros(len(x), dtype=torch.long)
+    trace = poutine.trace(model).get_trace(x, y)
+    assert [name for name in trace.stochastic_nodes if name in model.sizes] == list(model.sizes)
+    for name, size in model.sizes.items():
+        fn = trace.nodes[name]["fn"]
+        assert (fn.batch_shape, fn.event_shape) == (torch.Size(), torch.Size([size]))
+        assert isinstance(fn.base_dist, bmrs.LogUniform)
+    assert trace.observation_nodes == ["obs"]
+
+
+def test_scales_of_likelihood_and_kl():
+    model, _ = small_classifier(num_data=600, kl_weight=3.0)
+    x, y = blobs(50)
+    trace = poutine.trace(model).get_trace(x, y)
+    assert trace.nodes["obs"]["scale"] == 12
+    assert trace.nodes["2.theta"]["scale"] == 3
+
+
+def test_predictive_draws_noise_and_observations():
+    model, guide, x = build("mlp")
+    samples = Predictive(model, guide=guide, num_samples=7)(x)
+    assert samples["obs"].shape == (7, len(x))
+    assert samples["fc1_noise.theta"].squeeze().shape == (7, 12)
+
+
+def test_a_guide_written_by_hand():
+    model, _ = small_classifier(num_data=200)
+    x, y = blobs(200)
+
+    def guide(x, y=None):
+        loc = pyro.param("loc", torch.full((16,), -1.0))
+        scale = pyro.param("scale", torch.ones(16), constraint=dist.constraints.positive)
+        pyro.sample("2.theta", bmrs.TruncatedLogNormal(loc, scale).to_event(1))
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), TraceMeanField_ELBO())
+    losses = [svi.step(x, y) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, bmrs.MeanFieldELBO])
+def test_an_automatic_guide(elbo):
+    model, _ = small_classifier(num_data=200)
+    x, y = blobs(200)
+    svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.02}), elbo())
+    losses = [svi.step(x, y) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_a_network_without_structures_is_refused():
+    with pytest.raises(ValueError, match=r"no structures to prune.*MultiplicativeNoise"):
+        bmrs.NoisyNetwork(nn.Linear(2, 2), num_data=10)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_data", 0), ("kl_weight", 0.0), ("kl_weight", -1.0)])
+def test_arguments_must_be_positive(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        small_classifier(**{name: value})
+
+
+def test_a_likelihood_over_the_wrong_shape_is_refused():
+    net = nn.Sequential(nn.Linear(2, 3), bmrs.MultiplicativeNoise(3), nn.Linear(3, 1))
+    model = bmrs.NoisyNetwork(net, likelihood=lambda out: dist.Normal(out, 1.0))
+    with pytest.raises(ValueError, match=r"batch_shape \(5,\).*Normal of batch_shape \(5, 1\)"):
+        model(torch.randn(5, 2))

@@ -1,0 +1,62 @@
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_bmrs as bmrs
+from pyro_bmrs.noise import fix_noise
+
+
+def test_outside_a_model_it_only_masks():
+    layer = bmrs.MultiplicativeNoise(3)
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(layer(x), x)
+    layer.remove(torch.tensor([False, True, False]))
+    assert torch.equal(layer(x), x * torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "leading"),
+    [((4, 3), 1, ()), ((4, 3), 1, (4,)), ((4, 3, 5, 6), 1, (4,)), ((4, 5, 3), -1, (4,)), ((4, 3, 5, 6), 1, (4, 5, 6))],
+)
+def test_noise_lines_up_with_its_dimension(shape, dim, leading):
+    net = nn.Sequential(bmrs.MultiplicativeNoise(3, dim=dim), nn.Identity())
+    model = bmrs.NoisyNetwork(net, likelihood=lambda out: dist.Normal(out, 1).to_event(out.dim() - 1))
+    x, theta = torch.randn(shape), torch.rand(*leading, 3)
+    with fix_noise({"0.theta": theta}):
+        found = model.net(x)
+    moved = x.movedim(dim, -1)
+    if leading == (4,):
+        theta = theta.view(4, *(1,) * (moved.dim() - 2), 3)
+    torch.testing.assert_close(found, (moved * theta).movedim(-1, dim))
+
+
+def test_removal_adds_up_and_survives_the_state_dict():
+    layer, other = bmrs.MultiplicativeNoise(3), bmrs.MultiplicativeNoise(3)
+    layer.remove(torch.tensor([True, False, False]))
+    layer.remove(torch.tensor([False, True, False]))
+    other.load_state_dict(layer.state_dict())
+    assert other.keep.tolist() == [False, False, True]
+
+
+def test_a_prior_of_its_own_travels_with_the_layer():
+    prior = bmrs.LogUniform(torch.tensor([-3.0, -4.0]), torch.tensor(0.0).expand(2))
+    layer = bmrs.MultiplicativeNoise(2, prior=prior).double()
+    assert layer.prior.log_low.tolist() == [-3.0, -4.0]
+    assert layer.prior.log_low.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_size_must_be_a_positive_integer(size):
+    with pytest.raises(ValueError, match="size must be a positive integer"):
+        bmrs.MultiplicativeNoise(size)
+
+
+def test_prior_must_fit():
+    with pytest.raises(ValueError, match=r"batch_shape \(\) or \(3,\)"):
+        bmrs.MultiplicativeNoise(3, prior=bmrs.LogUniform(torch.zeros(2) - 5, torch.zeros(2)))
+
+
+def test_input_must_have_as_many_structures():
+    with pytest.raises(ValueError, match="3 structures along dimension 1"):
+        bmrs.MultiplicativeNoise(3)(torch.randn(2, 4))

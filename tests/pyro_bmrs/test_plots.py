@@ -1,0 +1,79 @@
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from nets import build
+
+import pyro_bmrs as bmrs
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def guide():
+    model, guide, _ = build("mlp")
+    model.noise["fc2_noise.theta"].remove(torch.arange(12) < 4)
+    return guide
+
+
+def check_labels(ax):
+    ax.figure.canvas.draw()
+    for label in (ax.get_xlabel(), ax.get_ylabel()):
+        assert label
+
+
+@pytest.mark.parametrize("reduced", [bmrs.spike, bmrs.precision_window])
+@pytest.mark.parametrize(("loc", "scale"), [(-1.0, 0.05), (-9.0, 100.0), (-25.0, 1.0), (3.0, 1e-3)])
+def test_reduction(reduced, loc, scale):
+    prior = bmrs.LogUniform()
+    posterior = bmrs.TruncatedLogNormal(torch.tensor(loc), torch.tensor(scale))
+    ax = bmrs.plot_reduction(posterior, prior, reduced(prior))
+    check_labels(ax)
+    assert "nats" in ax.get_title()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["posterior", "prior", "reduced prior"]
+
+
+def test_density_drawn_integrates_to_one():
+    prior = bmrs.LogUniform()
+    ax = bmrs.plot_reduction(bmrs.TruncatedLogNormal(torch.tensor(-3.0), torch.tensor(0.7)), prior, bmrs.spike(prior))
+    x, density = ax.lines[0].get_data()
+    assert float(torch.trapezoid(torch.as_tensor(density), torch.as_tensor(x))) == pytest.approx(1, abs=1e-3)
+
+
+def test_forest(guide):
+    ax = bmrs.plot_forest(guide)
+    check_labels(ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["fc1", "fc2", "fc3"]
+
+
+def test_evidence_by_layer(guide):
+    ax = bmrs.plot_evidence(bmrs.evidence_changes(guide), guide.split(guide.keep), prior_log_odds=1.1)
+    check_labels(ax)
+    assert "nats" in ax.get_ylabel()
+    assert "8 of 12 kept" in ax.get_xticklabels()[1].get_text()
+    assert any(line.get_ydata()[0] == -1.1 for line in ax.lines if len(line.get_ydata()))
+
+
+def test_evidence_against_snr(guide):
+    snr = {site: posterior.snr for site, posterior in guide.posterior().items()}
+    check_labels(bmrs.plot_evidence_snr(bmrs.evidence_changes(guide), snr))
+
+
+def test_history():
+    history = [
+        {"epoch": i + 1, "phase": "noisy" if i < 3 else "fine-tune", "compression": 0.1 * i, "accuracy_validation": 0.9}
+        for i in range(5)
+    ]
+    ax = bmrs.plot_history(history)
+    check_labels(ax)
+    assert list(ax.lines[0].get_ydata()) == pytest.approx([0, 10, 20, 30, 40])
+    with pytest.raises(ValueError, match="history is empty"):
+        bmrs.plot_history([])
+
+
+def test_axes_given_are_drawn_on(guide):
+    _, ax = plt.subplots()
+    assert bmrs.plot_evidence(bmrs.evidence_changes(guide), ax=ax) is ax

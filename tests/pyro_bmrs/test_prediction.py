@@ -1,0 +1,49 @@
+import pytest
+import torch
+from nets import build, random_masks
+from pyro import poutine
+
+import pyro_bmrs as bmrs
+
+
+def test_prediction_is_the_model_conditioned_on_the_masked_means():
+    model, guide, x = build("mlp")
+    masks = random_masks(model)
+    values = {site: mean.detach() * masks[site] for site, mean in guide.mean().items()}
+    with torch.no_grad():
+        expected = poutine.condition(lambda x: model.net(x), values)(x)
+    torch.testing.assert_close(bmrs.predict(model, guide, x, masks), expected)
+
+
+def test_default_masks_are_the_models_own_and_given_ones_replace_them():
+    model, guide, x = build("mlp")
+    dense = bmrs.predict(model, guide, x)
+    masks = random_masks(model)
+    masked = bmrs.predict(model, guide, x, masks)
+    for site, layer in model.noise.items():
+        layer.remove(~masks[site])
+    assert torch.equal(bmrs.predict(model, guide, x), masked)
+    everything = {site: torch.ones(size, dtype=torch.bool) for site, size in model.sizes.items()}
+    assert torch.equal(bmrs.predict(model, guide, x, everything), dense)
+
+
+def test_batches_do_not_matter_and_the_mode_is_left_alone():
+    model, guide, x = build("batch_norm", batch=10)
+    model.train()
+    torch.testing.assert_close(bmrs.predict(model, guide, x, batch_size=3), bmrs.predict(model, guide, x))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"fc9.theta": torch.ones(3, dtype=torch.bool)}, "no site 'fc9.theta' to mask; the model's sites are"),
+        ({"fc1_noise.theta": torch.ones(5, dtype=torch.bool)}, r"bool tensor of shape \(12,\).*shape \(5,\)"),
+        ({"fc1_noise.theta": torch.ones(12)}, "float32"),
+        ({"fc1_noise.theta": [True] * 12}, "got list"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masks, message):
+    model, guide, x = build("mlp")
+    with pytest.raises(ValueError, match=message):
+        bmrs.predict(model, guide, x, masks)

@@ -1,0 +1,226 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from nets import blobs, small_classifier
+from torch import nn
+
+import pyro_bmrs as bmrs
+
+QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
+
+
+def test_prunes_what_is_irrelevant_and_keeps_accuracy():
+    x, y = blobs(600)
+    model, guide = small_classifier(hidden=32)
+    result = bmrs.fit(
+        model, guide, (x[:500], y[:500]), (x[500:], y[500:]), **{**QUICK, "epochs": 40, "fine_tune_epochs": 20}
+    )
+    assert result.compression > 0.4
+    assert result.history[-1]["accuracy_validation"] > 0.9
+    assert model.num_data == 500
+
+
+def test_history_and_masks_agree_with_the_surgery():
+    x, y = blobs()
+    model, guide = small_classifier()
+    seen = []
+    result = bmrs.fit(model, guide, (x, y), (x, y), on_epoch=seen.append, **{**QUICK, "epochs": 30})
+    small = bmrs.compact(model, guide, result.masks, x[:4])
+    assert result.history == seen
+    assert [entry["phase"] for entry in seen] == ["noisy"] * 30 + ["fine-tune"] * 2
+    assert seen[-1]["parameters"] == bmrs.count_parameters(small)
+    assert result.compression == pytest.approx(1 - seen[-1]["parameters"] / bmrs.count_parameters(model.net))
+    for site, mask in result.masks.items():
+        assert torch.equal(mask, result.scores[site] < 0)
+    assert all(later["structures"] <= earlier["structures"] for earlier, later in zip(seen, seen[1:], strict=False))
+
+
+def test_a_seed_repeats_the_run_and_leaves_the_callers_random_state_alone():
+    x, y = blobs()
+    runs = []
+    for _ in range(2):
+        model, guide = small_classifier()
+        torch.manual_seed(5)
+        bmrs.fit(model, guide, (x, y), **QUICK)
+        runs.append([*(p.detach() for p in (*model.parameters(), *guide.parameters())), torch.rand(3)])
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+    torch.manual_seed(5)
+    assert torch.equal(runs[0][-1], torch.rand(3))
+
+
+def test_removed_structures_keep_the_posterior_they_were_removed_for():
+    x, y = blobs()
+    model, guide = small_classifier()
+    result = bmrs.fit(model, guide, (x, y), criterion=bmrs.BMRS_N(prior_log_odds=math.log(3)), **{**QUICK, "epochs": 30})
+    site = "2.theta"
+    removed = ~result.masks[site]
+    assert removed.any()
+    now = bmrs.evidence_changes(guide)[site] + math.log(3)
+    torch.testing.assert_close(now[removed], result.scores[site][removed])
+
+
+@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+def test_all_granularities_train(granularity):
+    x, y = blobs()
+    model, guide = small_classifier()
+    result = bmrs.fit(model, guide, (x, y), (x, y), granularity=granularity, **{**QUICK, "epochs": 40})
+    assert result.history[-1]["accuracy_validation"] > 0.8
+
+
+def test_learning_rates_are_separate_and_decay():
+    x, y = blobs()
+    model, guide = small_classifier()
+    weights = [p.detach().clone() for p in model.net.parameters()]
+    posterior = guide.loc.detach().clone()
+    bmrs.fit(model, guide, (x, y), criterion=None, posterior_lr=1e-12, **QUICK)
+    assert torch.allclose(guide.loc, posterior, atol=1e-8)
+    assert not any(torch.allclose(old, new) for old, new in zip(weights, model.net.parameters(), strict=True))
+
+
+def test_kl_warm_up_ends_at_the_models_weight():
+    x, y = blobs()
+
+    def first_kl(warmup):
+        model, guide = small_classifier(kl_weight=5.0)
+        result = bmrs.fit(model, guide, (x, y), criterion=None, kl_warmup_epochs=warmup, **QUICK)
+        assert model.kl_weight == 5.0
+        return result.history[0]["kl"]
+
+    assert first_kl(warmup=6) > first_kl(warmup=0)
+
+
+def test_fine_tuning_leaves_the_posterior_alone():
+    x, y = blobs()
+    model, guide = small_classifier()
+    before = guide.loc.detach().clone()
+    bmrs.fit(model, guide, (x, y), **{**QUICK, "epochs": 0})
+    assert torch.equal(guide.loc, before)
+
+
+def test_continuous_pruning_keeps_its_schedule():
+    x, y = blobs()
+    model, guide = small_classifier()
+
+    class Everything(bmrs.Criterion):
+        def scores(self, context):
+            return {site: torch.ones(size) for site, size in context.model.sizes.items()}
+
+    with pytest.warns(RuntimeWarning, match="'2.theta' has lost all its structures"):
+        result = bmrs.fit(model, guide, (x, y), criterion=Everything(), pruning=bmrs.Continuous(start=3), **QUICK)
+    assert [entry["structures"] for entry in result.history] == [16, 16] + [0] * 6
+    assert [epoch for epoch in range(1, 10) if bmrs.Continuous(start=3, every=4).is_due(epoch)] == [3, 7]
+    assert [epoch for epoch in range(1, 6) if bmrs.Continuous().is_due(epoch, kl_warmup_epochs=3)] == [4, 5]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_post_training_pruning_removes_by_score_level_by_level(stop):
+    x, y = blobs()
+    model, guide = small_classifier()
+    schedule = bmrs.PostTraining(levels=(0.25, 0.5, 0.75, 1.0), stop=stop)
+
+    class FirstTen(bmrs.Criterion):
+        def scores(self, context):
+            return {site: 9.5 - torch.arange(size) for site, size in context.model.sizes.items()}
+
+    if stop:
+        result = bmrs.fit(model, guide, (x, y), criterion=FirstTen(), pruning=schedule, **QUICK)
+    else:
+        with pytest.warns(RuntimeWarning, match="lost all"):
+            result = bmrs.fit(model, guide, (x, y), criterion=FirstTen(), pruning=schedule, **QUICK)
+    levels = [entry["structures"] for entry in result.history if entry["phase"] == "post-training"]
+    assert levels == ([12, 8, 6] if stop else [12, 8, 4, 0])
+    if stop:
+        assert result.masks["2.theta"].tolist() == [False] * 10 + [True] * 6
+
+
+def test_a_normal_regression():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, generator=generator)
+    y = torch.sin(2 * x[:, 0]) + x[:, 1] + 0.1 * torch.randn(400, generator=generator)
+
+    class NormalLikelihood(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, output):
+            return dist.Normal(output.squeeze(-1), self.log_scale.exp())
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), bmrs.MultiplicativeNoise(32), nn.Linear(32, 1))
+    model = bmrs.NoisyNetwork(net, likelihood=NormalLikelihood())
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    settings = {**QUICK, "epochs": 60, "fine_tune_epochs": 20}
+    result = bmrs.fit(model, guide, (x[:300], y[:300]), (x[300:], y[300:]), **settings)
+    small = bmrs.compact(model, guide, result.masks, x[:3])
+    residual = small(x[300:]).squeeze(-1) - y[300:]
+    assert residual.square().mean() < 0.1 * y[300:].var()
+    assert result.compression > 0.2
+    assert model.likelihood.log_scale.exp() < 0.5
+    assert "accuracy_validation" not in result.history[-1]
+    assert result.history[-1]["log_likelihood_validation"] > -1
+
+
+def test_global_settings_are_left_alone():
+    x, y = blobs()
+    model, guide = small_classifier()
+    pyro.settings.set(validate_distributions_pyro=True)
+    before = pyro.settings.get()
+    bmrs.fit(model, guide, (x, y), **QUICK)
+    assert pyro.settings.get() == before
+    assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("part", ["weights", "inputs"])
+def test_numbers_that_explode_stop_the_run_and_say_where(part):
+    x, y = blobs()
+    model, guide = small_classifier()
+    if part == "weights":
+        with pytest.raises(FloatingPointError, match=r"at step \d+; not finite: .*Lower lr"):
+            bmrs.fit(model, guide, (x, y), **{**QUICK, "lr": 1e30})
+    else:
+        with pytest.raises(FloatingPointError, match=r"loss became .* at step 0; not finite: the input of site '2.theta'"):
+            with torch.no_grad():
+                model.net[0].weight.mul_(1e30)
+            bmrs.fit(model, guide, (x * 1e20, y), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_size": 201}, ValueError, "between 1 and the 200 training examples, but got 201"),
+        ({"batch_size": 0}, ValueError, "batch_size must lie between"),
+        ({"epochs": -1}, ValueError, "epochs must not be negative"),
+        ({"lr": 0.0}, ValueError, "lr must be a positive number"),
+        ({"posterior_lr": math.nan}, ValueError, "posterior_lr must be a positive number"),
+        ({"granularity": "pixel"}, ValueError, "'pixel'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, error, message):
+    x, y = blobs()
+    model, guide = small_classifier()
+    with pytest.raises(error, match=message):
+        bmrs.fit(model, guide, (x, y), **{**QUICK, **change})
+
+
+def test_the_device_is_chosen():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert bmrs.svi.resolve_device("auto").type == expected
+    assert bmrs.svi.resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.gpu
+def test_everything_runs_on_a_gpu():
+    x, y = blobs()
+    model, guide = small_classifier()
+    result = bmrs.fit(model, guide, (x, y), (x, y), device="cuda", **{**QUICK, "epochs": 15})
+    small = bmrs.compact(model, guide, result.masks, x[:4])
+    assert next(small.parameters()).is_cuda
+    torch.testing.assert_close(small(x.cuda()), bmrs.predict(model, guide, x.cuda(), result.masks), rtol=0, atol=1e-5)
+    assert bmrs.to_arviz(guide) is not None
+    for criterion in (bmrs.BMRS_N(), bmrs.BMRS_U(8), bmrs.SNR(), bmrs.WeightNorm(), bmrs.GradientWeightNorm()):
+        model, guide = small_classifier()
+        bmrs.fit(model, guide, (x, y), criterion=criterion, device="cuda", **QUICK)
