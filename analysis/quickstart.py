@@ -32,14 +32,14 @@ class Quickstart:
     seed: int = 0
     """Of initial weights, data order and noise."""
     epochs: int = 60
-    """With noise, pruning after each from the fourth on."""
+    """With noise; the KL warms up over the first quarter, and pruning starts after that."""
     fine_tune_epochs: int = 20
     """Without noise, every theta at its posterior mean."""
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Of the weights."""
-    posterior_lr: float = 0.1
-    """Of the posterior's parameters."""
+    posterior_lr: float | None = None
+    """Of the posterior's parameters; by default 50 times lr."""
     kl_weight: float = 2.0
     """1 is Bayes; more removes more."""
     prior_log_odds: float = math.log(3)

@@ -9,7 +9,7 @@ import pyro_bmrs as bmrs
 from analysis.data import digits
 from analysis.quickstart import Quickstart, main
 
-QUICK = Quickstart(epochs=6, fine_tune_epochs=2, kl_weight=20.0, posterior_lr=0.5, progress=False, device="cpu")
+QUICK = Quickstart(epochs=12, fine_tune_epochs=2, kl_weight=2.0, posterior_lr=0.2, progress=False, device="cpu")
 
 
 def test_digits_are_split_into_disjoint_parts():
@@ -28,7 +28,7 @@ def test_a_run_folder_holds_everything(network, tmp_path, capsys):
     results = main(dataclasses.replace(QUICK, network=network, output=tmp_path / "run"))
     folder = tmp_path / "run"
     assert json.loads((folder / "results.json").read_text()) == results
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 14
     assert json.loads((folder / "config.json").read_text())["network"] == network
     assert sorted(path.stem for path in (folder / "figures").iterdir()) == [
         "evidence", "evidence_snr", "forest", "history", "reduction",

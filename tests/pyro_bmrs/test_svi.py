@@ -54,7 +54,9 @@ def test_a_seed_repeats_the_run_and_leaves_the_callers_random_state_alone():
 def test_removed_structures_keep_the_posterior_they_were_removed_for():
     x, y = blobs()
     model, guide = small_classifier()
-    result = bmrs.fit(model, guide, (x, y), criterion=bmrs.BMRS_N(prior_log_odds=math.log(3)), **{**QUICK, "epochs": 30})
+    result = bmrs.fit(
+        model, guide, (x, y), criterion=bmrs.BMRS_N(prior_log_odds=math.log(3)), **{**QUICK, "epochs": 30}
+    )
     site = "2.theta"
     removed = ~result.masks[site]
     assert removed.any()
@@ -182,7 +184,9 @@ def test_numbers_that_explode_stop_the_run_and_say_where(part):
         with pytest.raises(FloatingPointError, match=r"at step \d+; not finite: .*Lower lr"):
             bmrs.fit(model, guide, (x, y), **{**QUICK, "lr": 1e30})
     else:
-        with pytest.raises(FloatingPointError, match=r"loss became .* at step 0; not finite: the input of site '2.theta'"):
+        with pytest.raises(
+            FloatingPointError, match=r"loss became .* at step 0; not finite: the input of site '2.theta'"
+        ):
             with torch.no_grad():
                 model.net[0].weight.mul_(1e30)
             bmrs.fit(model, guide, (x * 1e20, y), **QUICK)
