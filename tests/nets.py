@@ -70,7 +70,7 @@ def random_masks(model, seed=0, keep=0.5):
 
 
 def blobs(n=200, classes=3, features=6, seed=0):
-    """Return a classification problem that a small network solves: features 0 to classes - 1 matter, the rest is noise."""
+    """Return a problem that a small network solves: features 0 to classes - 1 matter, the rest is noise."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, features, generator=generator)
     return x, x[:, :classes].argmax(-1)

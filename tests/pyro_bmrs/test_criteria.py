@@ -65,7 +65,7 @@ def test_evidence_scores_are_the_evidence_change_plus_the_odds(context):
 
 
 def test_a_closed_window_keeps_what_collapsed_below_it(context):
-    """BMRS_U's blind spot: mass below 2^-23 counts against removal unless the window reaches down to the prior's end."""
+    """BMRS_U's blind spot: mass below 2^-23 counts against removal, unless p2=None opens the window downwards."""
     with torch.no_grad():
         context.guide.loc.fill_(-19.0)
         context.guide.log_scale.fill_(-2.0)

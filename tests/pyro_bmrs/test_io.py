@@ -143,9 +143,9 @@ def test_tensors_that_do_not_fit_the_description_are_refused(saved):
 def test_a_missing_file_is_named(saved):
     _, path, _ = saved
     path.with_name("pruned.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="pruned.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"pruned\.safetensors is missing"):
         bmrs.load(path)
-    with pytest.raises(FileNotFoundError, match="nothing.json"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         bmrs.load(path.with_name("nothing"))
 
 
