@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs._arviz import from_dict
 from pyro_bmrs.bmr import evidence_change, spike
 from pyro_bmrs.guide import TruncatedLogNormalGuide
 
@@ -47,6 +46,8 @@ def to_arviz(guide: TruncatedLogNormalGuide, draws: int = 1000, seed: int = 0) -
     Raises:
         ValueError: If ``draws`` is not positive.
     """
+    from pyro_bmrs._arviz import from_dict  # noqa: PLC0415  (ArviZ takes as long to import as torch)
+
     if draws < 1:
         raise ValueError(f"draws must be positive, but got {draws}")
     with torch.random.fork_rng(devices=[guide.loc.device] if guide.loc.is_cuda else []):
