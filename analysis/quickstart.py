@@ -40,7 +40,7 @@ class Quickstart:
     """Of the weights."""
     posterior_lr: float | None = None
     """Of the posterior's parameters; by default 50 times lr."""
-    kl_weight: float = 2.0
+    kl_weight: float = 1.0
     """1 is Bayes; more removes more."""
     prior_log_odds: float = math.log(3)
     """Of a structure being absent, before seeing data; log 3 removes what lacks positive evidence."""

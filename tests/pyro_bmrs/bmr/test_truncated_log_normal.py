@@ -144,6 +144,15 @@ def test_reduction_in_two_steps(case):
         assert_close(getattr(one, name), getattr(two, name), 1e-12)
 
 
+@over_reduced
+def test_prior_wider_than_the_posterior(reduce):
+    """The wider a prior, the less density it had to lose: the change grows by the log ratio of widths."""
+    case = MODERATE[-1]
+    reduced, wide = reduce(case.p), LogUniform(case.low - 5, case.high + 2)
+    gained = torch.log(wide.log_width / case.p.log_width)
+    assert_close(evidence_change(case.q, wide, reduced), evidence_change(case.q, case.p, reduced) + gained, 1e-13)
+
+
 @given(cases())
 def test_no_change_without_a_change(case):
     assert_close(change(case, lambda p: p), double(0.0), 1e-12)
