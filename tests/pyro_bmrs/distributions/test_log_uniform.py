@@ -67,6 +67,14 @@ def test_samples_follow_the_distribution(dtype):
     assert scipy.stats.kstest(theta.double().log() / 20 + 1, "uniform").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_extreme_quantiles_stay_within_the_support(dtype):
+    """Where high is small against low, low + (high - low) can round to above high."""
+    prior = LogUniform(-40 * torch.rand(1000, dtype=dtype) - 1, torch.rand(1000, dtype=dtype))
+    for u in (0.0, 1.0):
+        assert prior.support.check(prior.icdf(torch.tensor(u, dtype=dtype))).all()
+
+
 def test_samples_are_differentiable_in_the_bounds():
     low, high = double(-3.0).requires_grad_(), double(2.0).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: LogUniform(a, b).icdf(double([0.1, 0.5, 0.8])), (low, high))
