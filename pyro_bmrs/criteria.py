@@ -8,6 +8,7 @@ as another criterion would.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, precision_window, spike
 from pyro_bmrs.cost import count_parameters
-from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.distributions import signal_to_noise
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
 from pyro_bmrs.structures import Structures
@@ -51,7 +52,7 @@ class PruningContext:
     """
 
     model: NoisyNetwork
-    guide: TruncatedLogNormalGuide
+    guide: FlatGuide
     structures: Mapping[str, Structures]
     x: Tensor
     y: Tensor
@@ -83,7 +84,7 @@ class EvidenceCriterion(Criterion):
 
     prior_log_odds: float = field(default=0.0, kw_only=True)
 
-    def reduced_prior(self, prior: LogUniform) -> Distribution:
+    def reduced_prior(self, prior: Any) -> Distribution:
         """Return the prior that would remove structures whose prior is ``prior``."""
         raise NotImplementedError
 
@@ -111,7 +112,7 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
 
     scale: float = 1e-6
 
-    def reduced_prior(self, prior: LogUniform) -> TruncatedLogNormal:
+    def reduced_prior(self, prior: Any) -> Distribution:
         return spike(prior, self.scale)
 
 
@@ -128,7 +129,7 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
     p1: float = 8
     p2: float | None = 23
 
-    def reduced_prior(self, prior: LogUniform) -> LogUniform:
+    def reduced_prior(self, prior: Any) -> Distribution:
         return precision_window(prior, self.p1, self.p2)
 
 
@@ -141,7 +142,7 @@ class SNR(Criterion):
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
         return {
-            site: math.log(self.threshold) - torch.log(posterior.snr)
+            site: math.log(self.threshold) - torch.log(signal_to_noise(posterior))
             for site, posterior in context.guide.posterior().items()
         }
 
@@ -241,7 +242,7 @@ class Random(RankingCriterion):
     def scores(self, context: PruningContext) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
         return {
-            site: torch.rand(size, generator=generator).to(context.guide.loc.device)
+            site: torch.rand(size, generator=generator).to(context.guide.device)
             for site, size in context.guide.sizes.items()
         }
 
