@@ -79,10 +79,20 @@ class EvidenceCriterion(Criterion):
     """Remove where the evidence, with the prior odds, favours a reduced prior; subclasses say which.
 
     Args:
-        prior_log_odds: Log-odds, before seeing data, of a structure being absent.
+        prior_log_odds: Log-odds, before seeing data, of a structure being absent: one number, or for each site a number
+            or a tensor of shape ``(size,)``, as from ``cost_log_odds``. A decision needs them: evidence compares two
+            hypotheses as if they were equally likely.
     """
 
-    prior_log_odds: float = field(default=0.0, kw_only=True)
+    prior_log_odds: float | Mapping[str, Tensor | float] = field(default=0.0, kw_only=True)
+
+    def log_odds(self, site: str) -> Tensor | float:
+        """Return the prior log-odds of one site's structures."""
+        if not isinstance(self.prior_log_odds, Mapping):
+            return self.prior_log_odds
+        if site not in self.prior_log_odds:
+            raise ValueError(f"prior_log_odds has no entry for site {site!r}; it has {list(self.prior_log_odds)}")
+        return self.prior_log_odds[site]
 
     def reduced_prior(self, prior: Any) -> Distribution:
         """Return the prior that would remove structures whose prior is ``prior``."""
@@ -90,11 +100,17 @@ class EvidenceCriterion(Criterion):
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
-        priors = context.guide.prior()
-        return {
-            site: evidence_change(posterior, priors[site], self.reduced_prior(priors[site])) + self.prior_log_odds
-            for site, posterior in context.guide.posterior().items()
-        }
+        priors, scores = context.guide.prior(), {}
+        for site, posterior in context.guide.posterior().items():
+            delta_f = evidence_change(posterior, priors[site], self.reduced_prior(priors[site]))
+            log_odds = torch.as_tensor(self.log_odds(site)).to(delta_f)
+            if log_odds.dim() and log_odds.shape != delta_f.shape:
+                raise ValueError(
+                    f"prior_log_odds of site {site!r} must be a number or of shape {tuple(delta_f.shape)}, but has "
+                    f"shape {tuple(log_odds.shape)}"
+                )
+            scores[site] = delta_f + log_odds
+        return scores
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ __all__ = ["evidence_changes", "to_arviz"]
 
 
 @torch.no_grad()
-def evidence_changes(
-    guide: FlatGuide, reduced_prior: Callable[[Any], Distribution] = spike
-) -> dict[str, Tensor]:
+def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distribution] = spike) -> dict[str, Tensor]:
     r"""Return :math:`\Delta F` of every structure, in nats, of shape ``(size,)`` for each site; >= 0 favours removal.
 
     Args:

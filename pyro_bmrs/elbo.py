@@ -84,9 +84,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
             model.program(*args, **kwargs)
         return observed.total
 
-    def _draw(
-        self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.granularity == "batch":
             return guide.draw()
         x = inspect.signature(model.program).bind(*args, **kwargs).arguments["x"]

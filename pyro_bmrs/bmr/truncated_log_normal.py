@@ -6,6 +6,7 @@ log-uniform's is zero), so posterior times reduced prior over prior is one too. 
 near 4e14 to get there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,31 +19,53 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 __all__: list[str] = []
 
 
+_BLOCK = 1 << 15  # structures computed at once: what stays in a core's cache
+
+Parameters = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class _Quadratic:
-    """A density of x = log(theta): ``exp(-energy(x) - log_mass)`` on ``[low, high]``, the energy 0 at its mode."""
+    """A density of x = log(theta): ``exp(-energy(x) - log_mass)`` on ``[low, high]``, the energy 0 at its mode.
 
-    low: Tensor
-    high: Tensor
-    log_mass: Tensor
-    precision: Tensor
-    parameters: tuple[Tensor, ...]
+    Made from ``(low, high)``, log-uniform, or ``(loc, scale, low, high)``, truncated log-normal.
+    """
 
-    @staticmethod
-    def of(distribution: LogUniform | TruncatedLogNormal) -> "_Quadratic":
-        low, high = distribution.log_low.double(), distribution.log_high.double()
-        if isinstance(distribution, LogUniform):
-            return _Quadratic(low, high, torch.log(high - low), torch.zeros_like(low), ())
-        parameters = distribution.double_parameters()
-        scale = parameters[1]
-        log_mass = numerics.log_integral(*distribution.interval_coordinates()) + torch.log(scale)
-        return _Quadratic(low, high, log_mass, scale**-2, parameters)
+    parameters: Parameters
+
+    @property
+    def low(self) -> Tensor:
+        return self.parameters[-2]
+
+    @property
+    def high(self) -> Tensor:
+        return self.parameters[-1]
+
+    @property
+    def is_flat(self) -> bool:
+        return len(self.parameters) == 2
+
+    @property
+    def precision(self) -> Tensor:
+        return torch.zeros_like(self.low) if self.is_flat else self.parameters[1] ** -2
+
+    @property
+    def log_mass(self) -> Tensor:
+        if self.is_flat:
+            return torch.log(self.high - self.low)
+        return numerics.log_integral(*numerics.interval_coordinates(*self.parameters)) + torch.log(self.parameters[1])
 
     def energy(self, x: Tensor) -> Tensor:
-        return numerics.excess(x, *self.parameters) if self.parameters else torch.zeros_like(x)
+        return torch.zeros_like(x) if self.is_flat else numerics.excess(x, *self.parameters)
 
     def slope(self, x: Tensor) -> Tensor:
-        return (x - self.parameters[0]) / self.parameters[1] / self.parameters[1] if self.parameters else torch.zeros_like(x)
+        return torch.zeros_like(x) if self.is_flat else (x - self.parameters[0]) / self.parameters[1] ** 2
+
+
+def _parameters(distribution: LogUniform | TruncatedLogNormal) -> Parameters:
+    if isinstance(distribution, LogUniform):
+        return distribution.log_low.double(), distribution.log_high.double()
+    return distribution.double_parameters()
 
 
 def _evidence_change(
@@ -50,16 +73,32 @@ def _evidence_change(
 ) -> Tensor:
     """Eqs. 8 and 10 of the paper, and their counterparts for a truncated log-normal prior, in one."""
     _check_supports(q, p, reduced)
-    q_part, p_part, r_part = (_Quadratic.of(each) for each in (q, p, reduced))
-    low, high = torch.broadcast_tensors(r_part.low, r_part.high)
-    curvature = q_part.precision + (r_part.precision - p_part.precision)
-    slope_low, slope_high = (
-        q_part.slope(bound) + (r_part.slope(bound) - p_part.slope(bound)) for bound in (low, high)
-    )
-    mode = _lowest(slope_low, slope_high, curvature, low, high)
-    energy = q_part.energy(mode) + (r_part.energy(mode) - p_part.energy(mode))
-    log_mass = numerics.log_quadratic_integral(slope_low, -slope_high, curvature, high - low)
-    return (log_mass - energy - q_part.log_mass - (r_part.log_mass - p_part.log_mass)).to(q.loc)
+    return _in_blocks(_log_expected_ratio, *map(_parameters, (q, p, reduced))).to(q.loc)
+
+
+def _in_blocks(function: Callable[..., Tensor], *groups: Parameters) -> Tensor:
+    """Call ``function`` on groups of tensors block by block of their common shape, so that memory stays linear."""
+    shape = torch.broadcast_shapes(*(tensor.shape for group in groups for tensor in group))
+    if shape.numel() <= _BLOCK:
+        return function(*groups)
+    starts = range(0, shape.numel(), _BLOCK)
+    flat = [[t.reshape(-1) if t.numel() == 1 else t.expand(shape).reshape(-1) for t in group] for group in groups]
+    blocks = [
+        function(*(tuple(t if t.numel() == 1 else t[start : start + _BLOCK] for t in group) for group in flat))
+        for start in starts
+    ]
+    return torch.cat(blocks).reshape(shape)
+
+
+def _log_expected_ratio(q_parameters: Parameters, p_parameters: Parameters, r_parameters: Parameters) -> Tensor:
+    """Return the log of the posterior's mean of reduced prior over prior."""
+    q, p, r = map(_Quadratic, (q_parameters, p_parameters, r_parameters))
+    curvature = q.precision + (r.precision - p.precision)
+    slope_low, slope_high = (q.slope(bound) + (r.slope(bound) - p.slope(bound)) for bound in (r.low, r.high))
+    mode = _lowest(slope_low, slope_high, curvature, r.low, r.high)
+    energy = q.energy(mode) + (r.energy(mode) - p.energy(mode))
+    log_mass = numerics.log_quadratic_integral(slope_low, -slope_high, curvature, r.high - r.low)
+    return log_mass - energy - q.log_mass - (r.log_mass - p.log_mass)
 
 
 def _lowest(slope_low: Tensor, slope_high: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -77,12 +116,12 @@ def _reduced_posterior(
 ) -> TruncatedLogNormal:
     """Return the truncated log-normal with the precisions' sum, which must be positive."""
     _check_supports(q, p, reduced)
-    q_part, p_part, r_part = (_Quadratic.of(each) for each in (q, p, reduced))
+    q_part, p_part, r_part = (_Quadratic(_parameters(each)) for each in (q, p, reduced))
     curvature = q_part.precision + (r_part.precision - p_part.precision)
     if not bool((curvature > 0).all()):
         raise ValueError(
             "the reduced posterior is no truncated log-normal: with this prior its precision would be "
-            f"{curvature.min():.3g}, since the posterior is wider than the prior; evidence_change is defined all the same"
+            f"{curvature.min():.3g}, since the posterior is wider than the prior; evidence_change is defined regardless"
         )
     nearest = torch.clamp(q.loc.double(), r_part.low, r_part.high)
     slope = q_part.slope(nearest) + (r_part.slope(nearest) - p_part.slope(nearest))
