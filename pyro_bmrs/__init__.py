@@ -6,10 +6,12 @@ reduction compares the two in closed form from the guide's parameters; what the 
 
 from pyro_bmrs.beta import BetaGuide
 from pyro_bmrs.bmr import (
+    DivergentIntegralError,
     evidence_change,
     precision_window,
     reduced_posterior,
     register_evidence_change,
+    register_exponential_family,
     register_reduced_posterior,
     spike,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "ChannelScale",
     "Continuous",
     "Criterion",
+    "DivergentIntegralError",
     "EvidenceCriterion",
     "FitResult",
     "FlatGuide",
@@ -88,6 +91,7 @@ __all__ = [
     "prepare_run_folder",
     "reduced_posterior",
     "register_evidence_change",
+    "register_exponential_family",
     "register_reduced_posterior",
     "save",
     "spike",

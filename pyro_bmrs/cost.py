@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -86,31 +86,38 @@ def cost_log_odds(
     """
     if cost not in ("parameters", "flops"):
         raise ValueError(f'cost must be "parameters" or "flops", but got {cost!r}')
-    totals = _module_parameters(net) if cost == "parameters" else _module_flops(net, example_input)
+    totals = _parameters_by_side(net) if cost == "parameters" else _flops_by_side(net, example_input)
     costs = {}
     for site, parts in find_structures(net, example_input[:2]).items():
         size = max(int(axis.index.max()) for axis in parts.axes) + 1
         costs[site] = torch.zeros(size)
         for axis in parts.axes:
             owned = axis.index[axis.index >= 0]
-            share = torch.full((len(owned),), totals.get(axis.module, 0) / len(axis.index))
+            share = torch.full((len(owned),), totals(axis.module, axis.side) / len(axis.index))
             costs[site] = costs[site].index_add(0, owned, share)
     average = torch.cat(list(costs.values())).mean()
     return {site: mean * each / average for site, each in costs.items()}
 
 
-def _module_parameters(net: nn.Module) -> dict[str, int]:
-    return {name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in net.named_modules()}
+def _parameters_by_side(net: nn.Module) -> Callable[[str, str], int]:
+    """Return what a layer's outputs own (all its parameters) and what its inputs do (those with an input axis)."""
+
+    def total(name: str, side: str) -> int:
+        parameters = net.get_submodule(name).parameters(recurse=False)
+        return sum(p.numel() for p in parameters if side == "out" or p.dim() > 1)
+
+    return total
 
 
-def _module_flops(net: nn.Module, example_input: Tensor) -> dict[str, int]:
-    training, flops = net.training, {}
+def _flops_by_side(net: nn.Module, example_input: Tensor) -> Callable[[str, str], int]:
+    """Return a layer's operations, which its outputs and its inputs own alike."""
+    training = net.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.eval()(example_input[:1])
     net.train(training)
-    for name, counts in counter.get_flop_counts().items():
-        flops[name.partition(".")[2]] = sum(counts.values())  # names start with the network's own class
-    return flops
+    # The counter's names start with the network's own class.
+    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    return lambda name, _: flops.get(name, 0)
 
 
 def measure_latency(nets: Sequence[nn.Module], example_input: Tensor, rounds: int = 50) -> list[float]:
