@@ -4,15 +4,18 @@ Noise on a structure is a Pyro sample site; a reduced prior is another distribut
 reduction compares the two in closed form from the guide's parameters; what the evidence does not support is removed.
 """
 
+from pyro_bmrs.beta import BetaGuide
 from pyro_bmrs.bmr import (
+    DivergentIntegralError,
     evidence_change,
     precision_window,
     reduced_posterior,
     register_evidence_change,
+    register_exponential_family,
     register_reduced_posterior,
     spike,
 )
-from pyro_bmrs.cost import count_flops, count_parameters, measure_latency
+from pyro_bmrs.cost import cost_log_odds, count_flops, count_parameters, measure_latency
 from pyro_bmrs.criteria import (
     BMRS_N,
     BMRS_U,
@@ -28,12 +31,13 @@ from pyro_bmrs.criteria import (
 from pyro_bmrs.diagnostics import evidence_changes, to_arviz
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.elbo import MeanFieldELBO
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide, TruncatedLogNormalGuide
 from pyro_bmrs.io import load, prepare_run_folder, save
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise
 from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.prediction import predict
+from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial
 from pyro_bmrs.structures import ChannelScale, find_structures
 from pyro_bmrs.surgery import compact
 from pyro_bmrs.svi import Continuous, FitResult, PostTraining, fit
@@ -44,11 +48,14 @@ __all__ = [
     "BMRS_N",
     "BMRS_U",
     "SNR",
+    "BetaGuide",
     "ChannelScale",
     "Continuous",
     "Criterion",
+    "DivergentIntegralError",
     "EvidenceCriterion",
     "FitResult",
+    "FlatGuide",
     "GradientWeightNorm",
     "LogUniform",
     "MeanFieldELBO",
@@ -61,7 +68,11 @@ __all__ = [
     "TruncatedLogNormal",
     "TruncatedLogNormalGuide",
     "WeightNorm",
+    "bmrs_n",
+    "bmrs_n_reference",
+    "bmrs_n_substantial",
     "compact",
+    "cost_log_odds",
     "count_flops",
     "count_parameters",
     "evidence_change",
@@ -80,6 +91,7 @@ __all__ = [
     "prepare_run_folder",
     "reduced_posterior",
     "register_evidence_change",
+    "register_exponential_family",
     "register_reduced_posterior",
     "save",
     "spike",

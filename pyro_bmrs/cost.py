@@ -2,15 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmrs.structures import Structures
+from pyro_bmrs.structures import Structures, find_structures
 
-__all__ = ["count_flops", "count_parameters", "measure_latency", "removed_positions"]
+__all__ = ["cost_log_odds", "count_flops", "count_parameters", "measure_latency", "removed_positions"]
 
 
 def count_parameters(
@@ -64,6 +65,59 @@ def count_flops(net: nn.Module, example_input: Tensor) -> int:
         return counter.get_total_flops()
     finally:
         net.train(training)
+
+
+def cost_log_odds(
+    net: nn.Module, example_input: Tensor, mean: float, cost: Literal["parameters", "flops"] = "parameters"
+) -> dict[str, Tensor]:
+    """Return prior log-odds of absence proportional to what each structure costs: dear ones have more to prove.
+
+    Args:
+        net: Network with noise layers.
+        example_input: Inputs of shape ``(batch, ...)`` to trace it with.
+        mean: Mean log-odds over all structures, for instance ``math.log(3)``.
+        cost: ``"parameters"`` or ``"flops"`` of the layers that produce and consume the structure.
+
+    Returns:
+        For each site a tensor of shape ``(size,)``, to give to an evidence criterion as ``prior_log_odds``.
+
+    Raises:
+        ValueError: If ``cost`` is neither.
+    """
+    if cost not in ("parameters", "flops"):
+        raise ValueError(f'cost must be "parameters" or "flops", but got {cost!r}')
+    totals = _parameters_by_side(net) if cost == "parameters" else _flops_by_side(net, example_input)
+    costs = {}
+    for site, parts in find_structures(net, example_input[:2]).items():
+        size = max(int(axis.index.max()) for axis in parts.axes) + 1
+        costs[site] = torch.zeros(size)
+        for axis in parts.axes:
+            owned = axis.index[axis.index >= 0]
+            share = torch.full((len(owned),), totals(axis.module, axis.side) / len(axis.index))
+            costs[site] = costs[site].index_add(0, owned, share)
+    average = torch.cat(list(costs.values())).mean()
+    return {site: mean * each / average for site, each in costs.items()}
+
+
+def _parameters_by_side(net: nn.Module) -> Callable[[str, str], int]:
+    """Return what a layer's outputs own (all its parameters) and what its inputs do (those with an input axis)."""
+
+    def total(name: str, side: str) -> int:
+        parameters = net.get_submodule(name).parameters(recurse=False)
+        return sum(p.numel() for p in parameters if side == "out" or p.dim() > 1)
+
+    return total
+
+
+def _flops_by_side(net: nn.Module, example_input: Tensor) -> Callable[[str, str], int]:
+    """Return a layer's operations, which its outputs and its inputs own alike."""
+    training = net.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.eval()(example_input[:1])
+    net.train(training)
+    # The counter's names start with the network's own class.
+    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    return lambda name, _: flops.get(name, 0)
 
 
 def measure_latency(nets: Sequence[nn.Module], example_input: Tensor, rounds: int = 50) -> list[float]:

@@ -8,6 +8,7 @@ as another criterion would.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, precision_window, spike
 from pyro_bmrs.cost import count_parameters
-from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.distributions import signal_to_noise
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
 from pyro_bmrs.structures import Structures
@@ -51,7 +52,7 @@ class PruningContext:
     """
 
     model: NoisyNetwork
-    guide: TruncatedLogNormalGuide
+    guide: FlatGuide
     structures: Mapping[str, Structures]
     x: Tensor
     y: Tensor
@@ -78,22 +79,38 @@ class EvidenceCriterion(Criterion):
     """Remove where the evidence, with the prior odds, favours a reduced prior; subclasses say which.
 
     Args:
-        prior_log_odds: Log-odds, before seeing data, of a structure being absent.
+        prior_log_odds: Log-odds, before seeing data, of a structure being absent: one number, or for each site a number
+            or a tensor of shape ``(size,)``, as from ``cost_log_odds``. A decision needs them: evidence compares two
+            hypotheses as if they were equally likely.
     """
 
-    prior_log_odds: float = field(default=0.0, kw_only=True)
+    prior_log_odds: float | Mapping[str, Tensor | float] = field(default=0.0, kw_only=True)
 
-    def reduced_prior(self, prior: LogUniform) -> Distribution:
+    def log_odds(self, site: str) -> Tensor | float:
+        """Return the prior log-odds of one site's structures."""
+        if not isinstance(self.prior_log_odds, Mapping):
+            return self.prior_log_odds
+        if site not in self.prior_log_odds:
+            raise ValueError(f"prior_log_odds has no entry for site {site!r}; it has {list(self.prior_log_odds)}")
+        return self.prior_log_odds[site]
+
+    def reduced_prior(self, prior: Any) -> Distribution:
         """Return the prior that would remove structures whose prior is ``prior``."""
         raise NotImplementedError
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
-        priors = context.guide.prior()
-        return {
-            site: evidence_change(posterior, priors[site], self.reduced_prior(priors[site])) + self.prior_log_odds
-            for site, posterior in context.guide.posterior().items()
-        }
+        priors, scores = context.guide.prior(), {}
+        for site, posterior in context.guide.posterior().items():
+            delta_f = evidence_change(posterior, priors[site], self.reduced_prior(priors[site]))
+            log_odds = torch.as_tensor(self.log_odds(site)).to(delta_f)
+            if log_odds.dim() and log_odds.shape != delta_f.shape:
+                raise ValueError(
+                    f"prior_log_odds of site {site!r} must be a number or of shape {tuple(delta_f.shape)}, but has "
+                    f"shape {tuple(log_odds.shape)}"
+                )
+            scores[site] = delta_f + log_odds
+        return scores
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,7 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
 
     scale: float = 1e-6
 
-    def reduced_prior(self, prior: LogUniform) -> TruncatedLogNormal:
+    def reduced_prior(self, prior: Any) -> Distribution:
         return spike(prior, self.scale)
 
 
@@ -128,7 +145,7 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
     p1: float = 8
     p2: float | None = 23
 
-    def reduced_prior(self, prior: LogUniform) -> LogUniform:
+    def reduced_prior(self, prior: Any) -> Distribution:
         return precision_window(prior, self.p1, self.p2)
 
 
@@ -141,7 +158,7 @@ class SNR(Criterion):
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
         return {
-            site: math.log(self.threshold) - torch.log(posterior.snr)
+            site: math.log(self.threshold) - torch.log(signal_to_noise(posterior))
             for site, posterior in context.guide.posterior().items()
         }
 
@@ -241,7 +258,7 @@ class Random(RankingCriterion):
     def scores(self, context: PruningContext) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
         return {
-            site: torch.rand(size, generator=generator).to(context.guide.loc.device)
+            site: torch.rand(size, generator=generator).to(context.guide.device)
             for site, size in context.guide.sizes.items()
         }
 

@@ -8,15 +8,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 
 __all__ = ["evidence_changes", "to_arviz"]
 
 
 @torch.no_grad()
-def evidence_changes(
-    guide: TruncatedLogNormalGuide, reduced_prior: Callable[[Any], Distribution] = spike
-) -> dict[str, Tensor]:
+def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distribution] = spike) -> dict[str, Tensor]:
     r"""Return :math:`\Delta F` of every structure, in nats, of shape ``(size,)`` for each site; >= 0 favours removal.
 
     Args:
@@ -31,7 +29,7 @@ def evidence_changes(
 
 
 @torch.no_grad()
-def to_arviz(guide: TruncatedLogNormalGuide, draws: int = 1000, seed: int = 0) -> Any:
+def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
     r"""Return draws of the noise as ArviZ's InferenceData (0.x) or DataTree (1.x).
 
     Groups ``posterior`` and ``prior`` hold one variable a site, of shape ``(1, draws, size)``: a variational posterior
@@ -50,10 +48,10 @@ def to_arviz(guide: TruncatedLogNormalGuide, draws: int = 1000, seed: int = 0) -
 
     if draws < 1:
         raise ValueError(f"draws must be positive, but got {draws}")
-    with torch.random.fork_rng(devices=[guide.loc.device] if guide.loc.is_cuda else []):
+    with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
         torch.manual_seed(seed)
         posterior = guide.draw((1, draws))
-        prior = guide.split(guide.flat_prior().rsample((1, draws)))
+        prior = {site: distribution.sample((1, draws)) for site, distribution in guide.prior().items()}
     kept = guide.split(guide.keep)
     return from_dict(
         {

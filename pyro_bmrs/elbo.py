@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
 
@@ -25,7 +25,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     .. math:: \mathcal{L} = \lambda\, KL(q(\theta) \| p(\theta)) - \frac{N}{B} \sum_i E_q[\log p(y_i \mid x_i, \theta)]
 
-    Loss and gradients are those of Pyro's ``TraceMeanField_ELBO``. With a ``TruncatedLogNormalGuide`` they come from
+    Loss and gradients are those of Pyro's ``TraceMeanField_ELBO``. With a ``FlatGuide`` they come from
     one draw and one KL for all sites; any other guide takes Pyro's own path. Use it with ``pyro.infer.SVI``, or as
     a module: ``elbo = MeanFieldELBO()(model, guide); elbo(x, y).backward()``.
 
@@ -33,7 +33,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         granularity: How often noise is drawn. ``"example"``: every example has its own, which leaves the
             objective as it is and makes its gradient far less noisy. ``"batch"``: one draw a batch, Pyro's plain
             meaning. ``"element"``: one for every element of a layer's input (each position of a feature map), the
-            paper's reference code. Guides other than ``TruncatedLogNormalGuide`` draw once a batch.
+            paper's reference code. Guides other than ``FlatGuide`` draw once a batch.
         num_particles: Number of draws averaged.
 
     Raises:
@@ -56,14 +56,14 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as a tensor of shape ``()`` to call ``backward`` on."""
-        if not isinstance(guide, TruncatedLogNormalGuide):
+        if not isinstance(guide, FlatGuide):
             return super().differentiable_loss(model, guide, *args, **kwargs)
         particles = [self._particle(model, guide, *args, **kwargs) for _ in range(self.num_particles)]
         return model.kl_weight * guide.kl() - sum(particles) / self.num_particles
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Accumulate gradients and return the loss; this is what ``SVI.step`` calls."""
-        if not isinstance(guide, TruncatedLogNormalGuide):
+        if not isinstance(guide, FlatGuide):
             return super().loss_and_grads(model, guide, *args, **kwargs)
         _declare_parameters(model)
         _declare_parameters(guide)
@@ -73,20 +73,18 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the loss without gradients."""
-        if not isinstance(guide, TruncatedLogNormalGuide):
+        if not isinstance(guide, FlatGuide):
             return super().loss(model, guide, *args, **kwargs)
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def _particle(self, model: NoisyNetwork, guide: TruncatedLogNormalGuide, *args: Any, **kwargs: Any) -> Tensor:
+    def _particle(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> Tensor:
         draws = self._draw(model, guide, *args, **kwargs)
         with _ObservedLogProb() as observed, fix_noise(draws):
             model.program(*args, **kwargs)
         return observed.total
 
-    def _draw(
-        self, model: NoisyNetwork, guide: TruncatedLogNormalGuide, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.granularity == "batch":
             return guide.draw()
         x = inspect.signature(model.program).bind(*args, **kwargs).arguments["x"]

@@ -1,10 +1,12 @@
 """The variational posterior over all noise: one flat vector of each parameter."""
 
+from abc import abstractmethod
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -13,85 +15,77 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
 
-__all__ = ["LOG_SCALE_RANGE", "TruncatedLogNormalGuide"]
+__all__ = ["LOG_SCALE_RANGE", "FlatGuide", "TruncatedLogNormalGuide"]
 
 LOG_SCALE_RANGE = (-20.0, 5.0)
 
 
-class TruncatedLogNormalGuide(PyroModule):
-    r"""Mean-field guide: a truncated log-normal for the noise of every structure.
+class FlatGuide(PyroModule):
+    """Mean-field guide of one family for the noise of every structure, whatever the family.
 
-    Its parameters are two vectors over all structures of all sites, there from construction on. All noise is drawn
-    in one operation and its KL is one call, which is what makes a step cheap; ``posterior()`` gives the sites back.
+    Parameters are vectors over all structures of all sites, there from construction on. All noise is drawn in one
+    operation, and the KL is one call for each type of prior. A subclass names the prior types it is for, adds its
+    parameters in ``__init__``, and says in ``family`` what distribution they stand for.
 
     Args:
-        model: The model whose noise layers have log-uniform priors; the posterior takes over their bounds.
-        init_loc: Initial location of :math:`\log\theta`.
-        init_log_scale: Initial log standard deviation of :math:`\log\theta`.
+        model: The model whose noise layers it is the posterior of.
 
     Attributes:
-        loc: Parameter of shape ``(structures,)``, any real number.
-        log_scale: Parameter of shape ``(structures,)``, used clamped to ``LOG_SCALE_RANGE``.
         sizes: Number of structures of each site, in the order of the vectors.
+        prior_types: Types of prior that the family can be a posterior for.
 
     Raises:
-        TypeError: If a noise layer's prior is not log-uniform.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
-        >>> guide = bmrs.TruncatedLogNormalGuide(bmrs.NoisyNetwork(net, num_data=100))
-        >>> guide.posterior()["2.theta"].mean.shape
-        torch.Size([8])
+        TypeError: If a noise layer's prior is of another type.
     """
 
-    def __init__(self, model: NoisyNetwork, init_loc: float = 0.0, init_log_scale: float = -5.0) -> None:
+    prior_types: tuple[type[TorchDistribution], ...] = ()
+
+    def __init__(self, model: NoisyNetwork) -> None:
         super().__init__(type(self).__name__)
-        layers = model.noise
-        for site, layer in layers.items():
-            if not isinstance(layer.prior, LogUniform):
+        for site, layer in model.noise.items():
+            if not isinstance(layer.prior, self.prior_types):
+                names = " or ".join(kind.__name__ for kind in self.prior_types)
                 raise TypeError(
-                    f"site {site!r} has a {type(layer.prior).__name__} prior, but this guide is for LogUniform ones; "
-                    "write a guide with one sample statement a site instead"
+                    f"site {site!r} has a {type(layer.prior).__name__} prior, but {type(self).__name__} is for "
+                    f"{names} ones; use another guide, or write one with one sample statement a site"
                 )
         self.sizes: dict[str, int] = model.sizes
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too
-        priors = [layer.prior for layer in layers.values()]
-        self.register_buffer("log_low", torch.cat([prior.log_low for prior in priors]))
-        self.register_buffer("log_high", torch.cat([prior.log_high for prior in priors]))
-        self.loc = nn.Parameter(torch.full_like(self.log_low, init_loc))
-        self.log_scale = nn.Parameter(torch.full_like(self.log_low, init_log_scale))
+        self._prior_groups = self._group_priors()
+
+    @abstractmethod
+    def family(self, index: slice | Tensor = slice(None)) -> TorchDistribution:
+        """Return the posterior of the structures at ``index`` of the flat vectors, of ``batch_shape`` ``(count,)``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     @property
     def keep(self) -> Tensor:
         """Which structures remain, of shape ``(structures,)``, bool."""
         return torch.cat([layer.keep for layer in self._model[0].noise.values()])
 
-    def flat_posterior(self) -> TruncatedLogNormal:
+    def flat_posterior(self) -> TorchDistribution:
         """Return the posterior over all structures, of ``batch_shape`` ``(structures,)``."""
-        scale = torch.exp(self.log_scale.clamp(*LOG_SCALE_RANGE))
-        return TruncatedLogNormal(self.loc, scale, self.log_low, self.log_high, validate_args=False)
-
-    def flat_prior(self) -> LogUniform:
-        """Return the prior over all structures, of ``batch_shape`` ``(structures,)``."""
-        return LogUniform(self.log_low, self.log_high, validate_args=False)
+        return self.family()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Split ``(..., structures)`` into one ``(..., size)`` a site."""
         return dict(zip(self.sizes, flat.split(list(self.sizes.values()), dim=-1), strict=True))
 
-    def posterior(self) -> dict[str, TruncatedLogNormal]:
+    def posterior(self) -> dict[str, TorchDistribution]:
         """Return the posterior of each site, of ``batch_shape`` ``(size,)``."""
-        flat = self.flat_posterior()
-        loc, scale, low, high = map(self.split, (flat.loc, flat.scale, flat.log_low, flat.log_high))
-        return {
-            site: TruncatedLogNormal(loc[site], scale[site], low[site], high[site], validate_args=False)
-            for site in self.sizes
-        }
+        start, posteriors = 0, {}
+        for site, size in self.sizes.items():
+            posteriors[site] = self.family(slice(start, start + size))
+            start += size
+        return posteriors
 
-    def prior(self) -> dict[str, LogUniform]:
+    def prior(self) -> dict[str, TorchDistribution]:
         """Return the prior of each site, of ``batch_shape`` ``(size,)``."""
-        low, high = self.split(self.log_low), self.split(self.log_high)
-        return {site: LogUniform(low[site], high[site], validate_args=False) for site in self.sizes}
+        return {site: layer.prior for site, layer in self._model[0].noise.items()}
 
     def mean(self) -> dict[str, Tensor]:
         """Return the posterior mean of each site's noise, of shape ``(size,)``."""
@@ -103,7 +97,34 @@ class TruncatedLogNormalGuide(PyroModule):
 
     def kl(self) -> Tensor:
         """Return the KL from the prior, summed over the structures that remain, in nats."""
-        return (kl_divergence(self.flat_posterior(), self.flat_prior()) * self.keep).sum()
+        keep = self.keep
+        total = torch.zeros(()).to(keep.device)
+        for kind, index, prior in self._prior_groups:
+            parameters = {name: getattr(self, buffer) for name, buffer in prior.items()}
+            selected = slice(None) if index is None else getattr(self, index)
+            divergence = kl_divergence(self.family(selected), kind(**parameters, validate_args=False))
+            total = total + (divergence * keep[selected]).sum()
+        return total
+
+    def _group_priors(self) -> list[tuple[type[TorchDistribution], str | None, dict[str, str]]]:
+        """Store the priors' parameters as one buffer for each type of prior, and return how to find them."""
+        priors = self.prior()
+        kinds = list(dict.fromkeys(type(prior) for prior in priors.values()))
+        site_of = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(list(self.sizes.values())))
+        groups = []
+        for i, kind in enumerate(kinds):
+            members = [k for k, prior in enumerate(priors.values()) if type(prior) is kind]
+            names = {name: f"_prior{i}_{name}" for name in kind.arg_constraints}
+            for name, buffer in names.items():
+                values = [getattr(list(priors.values())[k], name) for k in members]
+                self.register_buffer(buffer, torch.cat(values), persistent=False)
+            index = None
+            if len(kinds) > 1:
+                index = f"_prior{i}_index"
+                of_kind = torch.isin(site_of, torch.tensor(members))
+                self.register_buffer(index, of_kind.nonzero().squeeze(1), persistent=False)
+            groups.append((kind, index, names))
+        return groups
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Make one sample site for each noise layer of the model; takes and ignores the model's arguments."""
@@ -113,3 +134,43 @@ class TruncatedLogNormalGuide(PyroModule):
             for site, posterior in self.posterior().items():
                 pyro.sample(site, layers[site].site_distribution(posterior))
         return values
+
+
+class TruncatedLogNormalGuide(FlatGuide):
+    r"""Mean-field guide: a truncated log-normal for the noise of every structure.
+
+    Args:
+        model: The model whose noise layers have log-uniform or truncated log-normal priors; the posterior takes over
+            their bounds.
+        init_loc: Initial location of :math:`\log\theta`.
+        init_log_scale: Initial log standard deviation of :math:`\log\theta`.
+
+    Attributes:
+        loc: Parameter of shape ``(structures,)``, any real number.
+        log_scale: Parameter of shape ``(structures,)``, used clamped to ``LOG_SCALE_RANGE``.
+
+    Raises:
+        TypeError: If a noise layer's prior is of another type.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> guide = bmrs.TruncatedLogNormalGuide(bmrs.NoisyNetwork(net, num_data=100))
+        >>> guide.posterior()["2.theta"].mean.shape
+        torch.Size([8])
+    """
+
+    prior_types = (LogUniform, TruncatedLogNormal)
+
+    def __init__(self, model: NoisyNetwork, init_loc: float = 0.0, init_log_scale: float = -5.0) -> None:
+        super().__init__(model)
+        priors = list(self.prior().values())
+        self.register_buffer("log_low", torch.cat([prior.log_low for prior in priors]))
+        self.register_buffer("log_high", torch.cat([prior.log_high for prior in priors]))
+        self.loc = nn.Parameter(torch.full_like(self.log_low, init_loc))
+        self.log_scale = nn.Parameter(torch.full_like(self.log_low, init_log_scale))
+
+    def family(self, index: slice | Tensor = slice(None)) -> TruncatedLogNormal:
+        scale = torch.exp(self.log_scale[index].clamp(*LOG_SCALE_RANGE))
+        return TruncatedLogNormal(
+            self.loc[index], scale, self.log_low[index], self.log_high[index], validate_args=False
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
 
@@ -72,8 +72,16 @@ def _log_theta_density(distribution: Distribution, log_theta: Tensor) -> Tensor:
     return torch.where(inside, density, 0.0)
 
 
+def _log_quantiles(posterior: Any, probabilities: Sequence[float]) -> list[Tensor]:
+    """Return quantiles of log(theta): exact where the family has them, of 4,000 draws elsewhere."""
+    if hasattr(posterior, "log_icdf"):
+        return [posterior.log_icdf(torch.full_like(posterior.mean, p)).cpu() for p in probabilities]
+    draws = torch.log(posterior.sample((4000,))).cpu()
+    return [torch.quantile(draws, p, dim=0) for p in probabilities]
+
+
 @torch.no_grad()
-def plot_forest(guide: TruncatedLogNormalGuide, mass: float = 0.94, ax: Axes | None = None) -> Axes:
+def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) -> Axes:
     r"""Draw median and central interval of every structure's :math:`\log\theta`, by layer, sorted within it.
 
     Args:
@@ -86,7 +94,7 @@ def plot_forest(guide: TruncatedLogNormalGuide, mass: float = 0.94, ax: Axes | N
     keep = guide.split(guide.keep)
     row, ticks = 0, {}
     for site, posterior in guide.posterior().items():
-        low, median, high = (posterior.log_icdf(torch.full_like(posterior.loc, p)).cpu() for p in (tail, 0.5, 1 - tail))
+        low, median, high = _log_quantiles(posterior, (tail, 0.5, 1 - tail))
         order = median.argsort(descending=True)
         rows = row + np.arange(len(order))
         colours = [KEPT if kept else REMOVED for kept in keep[site][order]]

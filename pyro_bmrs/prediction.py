@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
 
@@ -15,7 +15,7 @@ __all__ = ["check_masks", "predict"]
 
 def predict(
     model: NoisyNetwork,
-    guide: TruncatedLogNormalGuide,
+    guide: FlatGuide,
     x: Tensor,
     masks: Mapping[str, Tensor] | None = None,
     batch_size: int = 1024,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.cost import removed_positions
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.prediction import check_masks
 from pyro_bmrs.structures import ChannelScale, Structures, find_structures, replace_module, scaled_copy
@@ -20,7 +20,7 @@ _TOLERANCE = 1e-4  # relative; the surgery is exact, so anything above rounding 
 
 def compact(
     model: NoisyNetwork,
-    guide: TruncatedLogNormalGuide,
+    guide: FlatGuide,
     masks: Mapping[str, Tensor] | None,
     example_input: Tensor,
 ) -> nn.Module:

@@ -19,7 +19,7 @@ from pyro_bmrs.cost import count_parameters
 from pyro_bmrs.criteria import BMRS_N, Criterion, PruningContext
 from pyro_bmrs.data import Data, check_data, check_observations
 from pyro_bmrs.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.prediction import predict
 from pyro_bmrs.structures import Structures, find_structures
@@ -92,7 +92,7 @@ class FitResult:
 
 def fit(
     model: NoisyNetwork,
-    guide: TruncatedLogNormalGuide,
+    guide: FlatGuide,
     train: Data,
     validation: Data | None = None,
     *,
@@ -225,14 +225,14 @@ class _Pruner:
     def __init__(
         self,
         model: NoisyNetwork,
-        guide: TruncatedLogNormalGuide,
+        guide: FlatGuide,
         criterion: Criterion | None,
         batch: tuple[Tensor, Tensor],
     ) -> None:
         self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
         self.structures = find_structures(model.net, batch[0][:2])
         self.scores: dict[str, Tensor] = {}
-        self._at_removal = [parameter.detach().clone() for parameter in self._posterior_parameters()]
+        self._at_removal = [parameter.detach().clone() for parameter in guide.parameters()]
 
     def remove_supported(self) -> None:
         """Remove what the criterion supports removing."""
@@ -265,11 +265,8 @@ class _Pruner:
         """Give removed structures back the posteriors they were removed for; Adam's momentum has moved them on."""
         removed = ~self.guide.keep
         with torch.no_grad():
-            for saved, parameter in zip(self._at_removal, self._posterior_parameters(), strict=True):
+            for saved, parameter in zip(self._at_removal, self.guide.parameters(), strict=True):
                 parameter[removed] = saved[removed]
-
-    def _posterior_parameters(self) -> tuple[Tensor, Tensor]:
-        return self.guide.loc, self.guide.log_scale
 
     def _context(self) -> PruningContext:
         return PruningContext(self.model.eval(), self.guide, self.structures, *self.batch)
@@ -282,7 +279,7 @@ class _Pruner:
 
     def _remove(self, removed: Mapping[str, Tensor]) -> None:
         newly = torch.cat([removed[site] for site in self.guide.sizes]) & self.guide.keep
-        for saved, parameter in zip(self._at_removal, self._posterior_parameters(), strict=True):
+        for saved, parameter in zip(self._at_removal, self.guide.parameters(), strict=True):
             saved[newly] = parameter.detach()[newly]
         for site, layer in self.model.noise.items():
             alive = bool(layer.keep.any())
@@ -302,7 +299,7 @@ class _History:
     def __init__(
         self,
         model: NoisyNetwork,
-        guide: TruncatedLogNormalGuide,
+        guide: FlatGuide,
         structures: Mapping[str, Structures],
         validation: tuple[Tensor, Tensor] | None,
         bar: "tqdm[Any]",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.elbo import MeanFieldELBO
-from pyro_bmrs.guide import TruncatedLogNormalGuide
+from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
 
@@ -29,7 +29,7 @@ class Trainer:
     def __init__(
         self,
         model: NoisyNetwork,
-        guide: TruncatedLogNormalGuide,
+        guide: FlatGuide,
         elbo: MeanFieldELBO,
         data: tuple[Tensor, Tensor],
         batch_size: int,
@@ -101,8 +101,8 @@ class Trainer:
 
     def _non_finite_tensors(self) -> list[str]:
         named: dict[str, Tensor] = {f"weight {name!r}": p for name, p in self.model.net.named_parameters()}
-        for what, flat in (("location", self.guide.loc), ("log scale", self.guide.log_scale)):
-            named.update({f"posterior {what} of site {site!r}": part for site, part in self.guide.split(flat).items()})
+        for name, flat in self.guide.named_parameters():
+            named.update({f"posterior {name} of site {site!r}": part for site, part in self.guide.split(flat).items()})
         return [name for name, tensor in named.items() if not bool(torch.isfinite(tensor).all())]
 
     @torch.no_grad()

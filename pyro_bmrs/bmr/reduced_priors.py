@@ -1,20 +1,25 @@
-"""The paper's two priors that would remove a structure."""
+"""Priors that would remove a structure: the paper's two."""
 
 import math
+from functools import singledispatch
+from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 
 __all__ = ["precision_window", "spike"]
 
 
-def spike(prior: LogUniform, scale: float = 1e-6) -> TruncatedLogNormal:
+@singledispatch
+def spike(prior: Any, scale: float = 1e-6) -> Distribution:
     r"""Return BMRS_N's reduced prior: all mass within about ``scale`` of the prior's lower bound.
 
-    A truncated log-normal on the prior's support with location :math:`\tilde\mu = \log a` (section 3.1 of the
-    paper, with :math:`\tilde\sigma^2 = 10^{-12}`). As ``scale`` goes to 0, :math:`\Delta F` becomes the
-    Savage-Dickey density ratio :math:`\log q(a) - \log p(a)`.
+    For a log-uniform or truncated log-normal prior, a truncated log-normal on its support with location
+    :math:`\tilde\mu = \log a` (section 3.1 of the paper, with :math:`\tilde\sigma^2 = 10^{-12}`). As ``scale`` goes to
+    0, :math:`\Delta F` becomes the Savage-Dickey density ratio :math:`\log q(a) - \log p(a)`. Families of your own say
+    what their spike is with ``@spike.register``.
 
     Args:
         prior: The prior on the noise.
@@ -22,7 +27,17 @@ def spike(prior: LogUniform, scale: float = 1e-6) -> TruncatedLogNormal:
 
     Raises:
         ValueError: If ``scale`` is not a positive number.
+        NotImplementedError: If no spike is known for this type of prior.
     """
+    raise NotImplementedError(
+        f"no spike is known for a {type(prior).__name__} prior; register one with @spike.register, or name the "
+        "reduced prior yourself in a subclass of EvidenceCriterion"
+    )
+
+
+@spike.register(LogUniform)
+@spike.register(TruncatedLogNormal)
+def _spike_at_lower_bound(prior: LogUniform | TruncatedLogNormal, scale: float = 1e-6) -> TruncatedLogNormal:
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be a positive number, but got {scale}; the paper uses 1e-6")
     return TruncatedLogNormal(
@@ -30,7 +45,7 @@ def spike(prior: LogUniform, scale: float = 1e-6) -> TruncatedLogNormal:
     )
 
 
-def precision_window(prior: LogUniform, p1: float = 8, p2: float | None = 23) -> LogUniform:
+def precision_window(prior: LogUniform | TruncatedLogNormal, p1: float = 8, p2: float | None = 23) -> LogUniform:
     r"""Return BMRS_U's reduced prior: log-uniform on :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10 of the paper).
 
     Noise below :math:`2^{-p_1}` is lost when it multiplies numbers of :math:`p_1` bits; :math:`2^{-23}` is

@@ -1,10 +1,13 @@
-r"""Rules for a truncated log-normal posterior.
+r"""Rules for a truncated log-normal posterior, with log-uniform or truncated log-normal priors.
 
-In :math:`x = \log\theta` every distribution here is a Gaussian on an interval (the log-uniform one of precision
-zero), so posterior times reduced prior is one again. Each of the Gaussians is measured from its mode on its own
-interval (``numerics``), which leaves a sum of terms that are small wherever the result is: eq. 8 of the paper
-subtracts numbers near 4e14 to get there.
+In :math:`x = \log\theta` every distribution here is :math:`e^{-E(x)}` on an interval, with :math:`E` quadratic (the
+log-uniform's is zero), so posterior times reduced prior over prior is one too. Each is measured from its own mode
+(``numerics``), which leaves a sum of terms that are small wherever the result is: eq. 8 of the paper subtracts numbers
+near 4e14 to get there.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,75 +19,125 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 __all__: list[str] = []
 
 
-@register_reduced_posterior(TruncatedLogNormal, LogUniform, LogUniform)
-def _reduced_posterior_window(q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform) -> TruncatedLogNormal:
+_BLOCK = 1 << 15  # structures computed at once: what stays in a core's cache
+
+Parameters = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Quadratic:
+    """A density of x = log(theta): ``exp(-energy(x) - log_mass)`` on ``[low, high]``, the energy 0 at its mode.
+
+    Made from ``(low, high)``, log-uniform, or ``(loc, scale, low, high)``, truncated log-normal.
+    """
+
+    parameters: Parameters
+
+    @property
+    def low(self) -> Tensor:
+        return self.parameters[-2]
+
+    @property
+    def high(self) -> Tensor:
+        return self.parameters[-1]
+
+    @property
+    def is_flat(self) -> bool:
+        return len(self.parameters) == 2
+
+    @property
+    def precision(self) -> Tensor:
+        return torch.zeros_like(self.low) if self.is_flat else self.parameters[1] ** -2
+
+    @property
+    def log_mass(self) -> Tensor:
+        if self.is_flat:
+            return torch.log(self.high - self.low)
+        return numerics.log_integral(*numerics.interval_coordinates(*self.parameters)) + torch.log(self.parameters[1])
+
+    def energy(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.is_flat else numerics.excess(x, *self.parameters)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.is_flat else (x - self.parameters[0]) / self.parameters[1] ** 2
+
+
+def _parameters(distribution: LogUniform | TruncatedLogNormal) -> Parameters:
+    if isinstance(distribution, LogUniform):
+        return distribution.log_low.double(), distribution.log_high.double()
+    return distribution.double_parameters()
+
+
+def _evidence_change(
+    q: TruncatedLogNormal, p: LogUniform | TruncatedLogNormal, reduced: LogUniform | TruncatedLogNormal
+) -> Tensor:
+    """Eqs. 8 and 10 of the paper, and their counterparts for a truncated log-normal prior, in one."""
     _check_supports(q, p, reduced)
-    return TruncatedLogNormal(q.loc, q.scale, reduced.log_low, reduced.log_high, validate_args=False)
+    return _in_blocks(_log_expected_ratio, *map(_parameters, (q, p, reduced))).to(q.loc)
 
 
-@register_reduced_posterior(TruncatedLogNormal, LogUniform, TruncatedLogNormal)
-def _reduced_posterior_log_normal(
-    q: TruncatedLogNormal, p: LogUniform, reduced: TruncatedLogNormal
+def _in_blocks(function: Callable[..., Tensor], *groups: Parameters) -> Tensor:
+    """Call ``function`` on groups of tensors block by block of their common shape, so that memory stays linear."""
+    shape = torch.broadcast_shapes(*(tensor.shape for group in groups for tensor in group))
+    if shape.numel() <= _BLOCK:
+        return function(*groups)
+    starts = range(0, shape.numel(), _BLOCK)
+    flat = [[t.reshape(-1) if t.numel() == 1 else t.expand(shape).reshape(-1) for t in group] for group in groups]
+    blocks = [
+        function(*(tuple(t if t.numel() == 1 else t[start : start + _BLOCK] for t in group) for group in flat))
+        for start in starts
+    ]
+    return torch.cat(blocks).reshape(shape)
+
+
+def _log_expected_ratio(q_parameters: Parameters, p_parameters: Parameters, r_parameters: Parameters) -> Tensor:
+    """Return the log of the posterior's mean of reduced prior over prior."""
+    q, p, r = map(_Quadratic, (q_parameters, p_parameters, r_parameters))
+    curvature = q.precision + (r.precision - p.precision)
+    slope_low, slope_high = (q.slope(bound) + (r.slope(bound) - p.slope(bound)) for bound in (r.low, r.high))
+    mode = _lowest(slope_low, slope_high, curvature, r.low, r.high)
+    energy = q.energy(mode) + (r.energy(mode) - p.energy(mode))
+    log_mass = numerics.log_quadratic_integral(slope_low, -slope_high, curvature, r.high - r.low)
+    return log_mass - energy - q.log_mass - (r.log_mass - p.log_mass)
+
+
+def _lowest(slope_low: Tensor, slope_high: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return where in ``[low, high]`` the quadratic with these slopes at its ends is least."""
+    bowl = curvature * (high - low) > 0
+    from_low = -slope_low / torch.where(bowl, curvature, 1.0)
+    from_high = -slope_high / torch.where(bowl, curvature, 1.0)
+    inside = torch.where(from_low < 0.5 * (high - low), low + from_low, high + from_high)  # from the nearer end
+    end = torch.where(slope_low + slope_high >= 0, low, high)
+    return torch.where(bowl, torch.clamp(inside, low, high), end)
+
+
+def _reduced_posterior(
+    q: TruncatedLogNormal, p: LogUniform | TruncatedLogNormal, reduced: LogUniform | TruncatedLogNormal
 ) -> TruncatedLogNormal:
+    """Return the truncated log-normal with the precisions' sum, which must be positive."""
     _check_supports(q, p, reduced)
-    loc, scale = _product(q, reduced)
+    q_part, p_part, r_part = (_Quadratic(_parameters(each)) for each in (q, p, reduced))
+    curvature = q_part.precision + (r_part.precision - p_part.precision)
+    if not bool((curvature > 0).all()):
+        raise ValueError(
+            "the reduced posterior is no truncated log-normal: with this prior its precision would be "
+            f"{curvature.min():.3g}, since the posterior is wider than the prior; evidence_change is defined regardless"
+        )
+    nearest = torch.clamp(q.loc.double(), r_part.low, r_part.high)
+    slope = q_part.slope(nearest) + (r_part.slope(nearest) - p_part.slope(nearest))
+    loc, scale = nearest - slope / curvature, torch.rsqrt(curvature)
     return TruncatedLogNormal(loc.to(q.loc), scale.to(q.loc), reduced.log_low, reduced.log_high, validate_args=False)
 
 
-@register_evidence_change(TruncatedLogNormal, LogUniform, LogUniform)
-def _evidence_change_window(q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform) -> Tensor:
-    """Eqs. 10 and 11 of the paper: width ratio plus the log mass of q in the window."""
-    _check_supports(q, p, reduced)
-    loc, scale, low, high = q.double_parameters()
-    window = reduced.log_low.double(), reduced.log_high.double()
-    log_widths = torch.log(p.log_width.double()) - torch.log(window[1] - window[0])
-    mode = torch.clamp(loc, *window)
-    log_mass = numerics.log_integral(*numerics.interval_coordinates(loc, scale, *window))
-    log_mass = log_mass - numerics.log_integral(*q.interval_coordinates())
-    return (log_widths + log_mass - numerics.excess(mode, loc, scale, low, high)).to(q.loc)
+for _prior in (LogUniform, TruncatedLogNormal):
+    for _reduced in (LogUniform, TruncatedLogNormal):
+        register_evidence_change(TruncatedLogNormal, _prior, _reduced)(_evidence_change)
+        register_reduced_posterior(TruncatedLogNormal, _prior, _reduced)(_reduced_posterior)
 
 
-@register_evidence_change(TruncatedLogNormal, LogUniform, TruncatedLogNormal)
-def _evidence_change_log_normal(q: TruncatedLogNormal, p: LogUniform, reduced: TruncatedLogNormal) -> Tensor:
-    """Eq. 8 of the paper, equal to it and without its cancellation."""
-    _check_supports(q, p, reduced)
-    q_parameters, r_parameters = q.double_parameters(), reduced.double_parameters()
-    loc, scale = _product(q, reduced)
-    mode = torch.clamp(loc, *r_parameters[2:])
-    log_mass = numerics.log_integral(*_product_coordinates(q, reduced)) + torch.log(scale)
-    for each in (q, reduced):
-        log_mass = log_mass - numerics.log_integral(*each.interval_coordinates()) - torch.log(each.scale.double())
-    drop = numerics.excess(mode, *q_parameters) + numerics.excess(mode, *r_parameters)
-    return (torch.log(p.log_width.double()) + log_mass - drop).to(q.loc)
-
-
-def _product(q: TruncatedLogNormal, reduced: TruncatedLogNormal) -> tuple[Tensor, Tensor]:
-    """Return centre and scale of the product of the two Gaussians."""
-    q_loc, q_scale, _, _ = q.double_parameters()
-    r_loc, r_scale, _, _ = reduced.double_parameters()
-    norm = torch.hypot(q_scale, r_scale)
-    q_share, r_share = (r_scale / norm) ** 2, (q_scale / norm) ** 2  # each centre weighs by the other's variance
-    loc = torch.where(q_share > r_share, q_loc + (r_loc - q_loc) * r_share, r_loc + (q_loc - r_loc) * q_share)
-    return loc, q_scale * (r_scale / norm)
-
-
-def _product_coordinates(q: TruncatedLogNormal, reduced: TruncatedLogNormal) -> tuple[Tensor, Tensor]:
-    """Return the product's coordinates on the reduced prior's support.
-
-    Its centre can lie within rounding of the spike's and still many of its own scales from it, so the bounds are
-    standardised under each factor first and combined then.
-    """
-    q_loc, q_scale, _, _ = q.double_parameters()
-    r_loc, r_scale, low, high = reduced.double_parameters()
-    norm = torch.hypot(q_scale, r_scale)
-    to_low, to_high = (
-        (bound - q_loc) / q_scale * (r_scale / norm) + (bound - r_loc) / r_scale * (q_scale / norm)
-        for bound in (low, high)
-    )
-    return torch.maximum(to_low, -to_high), (high - low) / q_scale * (norm / r_scale)
-
-
-def _check_supports(q: TruncatedLogNormal, p: LogUniform, reduced: LogUniform | TruncatedLogNormal) -> None:
+def _check_supports(
+    q: TruncatedLogNormal, p: LogUniform | TruncatedLogNormal, reduced: LogUniform | TruncatedLogNormal
+) -> None:
     for name, inner in (("posterior", q), ("reduced prior", reduced)):
         if not bool(((p.log_low <= inner.log_low) & (inner.log_high <= p.log_high)).all()):
             raise ValueError(

@@ -19,3 +19,16 @@ def _kl_truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: LogUniform) -
     wider = torch.log((p_high - p_low) / (q_high - q_low))
     kl = numerics.kl_from_uniform(*q.interval_coordinates()) + wider
     return torch.where((p_low <= q_low) & (q_high <= p_high), kl, torch.inf).to(q.loc)
+
+
+@register_kl(TruncatedLogNormal, TruncatedLogNormal)
+def _kl_truncated_log_normals(q: TruncatedLogNormal, p: TruncatedLogNormal) -> Tensor:
+    """Return minus q's entropy less q's mean of log p, whose exponent is quadratic in log theta."""
+    q_low, q_high = q.log_low.double(), q.log_high.double()
+    p_loc, p_scale, p_low, p_high = p.double_parameters()
+    negative_entropy = numerics.kl_from_uniform(*q.interval_coordinates()) - torch.log(q_high - q_low)
+    mean, variance = q.double_log_theta_moments()
+    energy = numerics.excess(mean, p_loc, p_scale, p_low, p_high) + 0.5 * variance / p_scale**2
+    p_log_mass = torch.log(p_scale) + numerics.log_integral(*p.interval_coordinates())
+    inside = (p_low <= q_low) & (q_high <= p_high)
+    return torch.where(inside, negative_entropy + energy + p_log_mass, torch.inf).to(q.loc)

@@ -175,22 +175,28 @@ class TruncatedLogNormal(TorchDistribution):
         """Signal-to-noise ratio, mean over standard deviation."""
         return torch.rsqrt(torch.expm1(self._log_relative_second_moment)).to(self.loc)
 
+    def double_log_theta_moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of log(theta) in float64."""
+        loc, scale, low, high = self.double_parameters()
+        coordinates = self.interval_coordinates()
+        step = numerics.mean_displacement(*coordinates) * scale
+        from_high = loc - high > low - loc
+        mean = torch.clamp(loc, low, high) + torch.where(from_high, -step, step)
+        return mean, numerics.variance(*coordinates) * scale**2
+
     @property
     def log_theta_mean(self) -> Tensor:
         """Mean of log(theta)."""
-        loc, scale, low, high = self.double_parameters()
-        step = numerics.mean_displacement(*self.interval_coordinates()) * scale
-        from_high = loc - high > low - loc
-        return (torch.clamp(loc, low, high) + torch.where(from_high, -step, step)).to(self.loc)
+        return self.double_log_theta_moments()[0].to(self.loc)
 
     @property
     def log_theta_variance(self) -> Tensor:
         """Variance of log(theta)."""
-        return (numerics.variance(*self.interval_coordinates()) * self.scale.double() ** 2).to(self.loc)
+        return self.double_log_theta_moments()[1].to(self.loc)
 
     def entropy(self) -> Tensor:
         """Return the differential entropy of theta, in nats."""
         distance, width = self.interval_coordinates()
         log_width = torch.log(self.log_high.double() - self.log_low.double())
         of_log_theta = log_width - numerics.kl_from_uniform(distance, width)
-        return (of_log_theta + self.log_theta_mean.double()).to(self.loc)
+        return (of_log_theta + self.double_log_theta_moments()[0]).to(self.loc)

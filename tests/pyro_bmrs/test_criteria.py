@@ -120,3 +120,31 @@ def test_a_new_reduced_prior_is_one_small_class(context):
 
     scores = HalfWindow().scores(context)
     assert bool((torch.cat(list(scores.values()))[1::2] < 0).all())
+
+
+def test_odds_may_differ_by_site_and_structure(context):
+    sizes = context.model.sizes
+    odds = {site: torch.linspace(-1, 1, size) for site, size in sizes.items()}
+    odds["conv1_noise.theta"] = 0.25
+    plain = bmrs.BMRS_N().scores(context)
+    for site, score in bmrs.BMRS_N(prior_log_odds=odds).scores(context).items():
+        torch.testing.assert_close(score, plain[site] + odds[site])
+    with pytest.raises(ValueError, match=r"'fc1_noise.theta' must be a number or of shape \(120,\).*\(3,\)"):
+        bmrs.BMRS_N(prior_log_odds={**odds, "fc1_noise.theta": torch.zeros(3)}).scores(context)
+    with pytest.raises(ValueError, match=r"no entry for site 'conv2_noise\.theta'"):
+        bmrs.BMRS_N(prior_log_odds={"conv1_noise.theta": 0.0}).scores(context)
+
+
+@pytest.mark.parametrize("cost", ["parameters", "flops"])
+def test_odds_proportional_to_cost(cost, context):
+    odds = bmrs.cost_log_odds(context.model.net, context.x, mean=1.5, cost=cost)
+    flat = torch.cat(list(odds.values()))
+    assert flat.mean() == pytest.approx(1.5)
+    per_structure = {site: values[0].item() for site, values in odds.items()}
+    assert all(values.unique().numel() == 1 for values in odds.values())
+    # Parameters: a conv2 filter owns 6 * 25 + 1 weights and 25 columns of 120; an fc2 neuron 121 and a column of 10.
+    # FLOPs: the same layers, each convolution weight used at 10 x 10 positions, biases free.
+    expected = (151 + 25 * 120) / (121 + 10) if cost == "parameters" else (6 * 25 * 100 + 25 * 120) / (120 + 10)
+    assert per_structure["conv2_noise.theta"] / per_structure["fc2_noise.theta"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="'watts'"):
+        bmrs.cost_log_odds(context.model.net, context.x, mean=1.0, cost="watts")

@@ -20,7 +20,7 @@ def test_posterior_prior_and_mean_are_slices_of_the_flat_ones():
     flat = guide.flat_posterior()
     assert torch.equal(torch.cat([q.loc for q in guide.posterior().values()]), flat.loc)
     assert torch.equal(torch.cat(list(guide.mean().values())), flat.mean)
-    assert torch.equal(torch.cat([p.log_low for p in guide.prior().values()]), guide.flat_prior().log_low)
+    assert torch.equal(torch.cat([p.log_low for p in guide.prior().values()]), guide.log_low)
 
 
 def test_kl_is_the_sum_over_what_remains():

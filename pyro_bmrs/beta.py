@@ -1,0 +1,71 @@
+r"""Beta noise: a family of its own in one file.
+
+Everything else follows from the registries: the KL between Betas is torch's, the evidence change is the exponential
+families' rule, and the guide's base class does the drawing, splitting and summing. What a family has to say is
+
+- what its posterior's parameters are (``BetaGuide``), and
+- what prior would remove a structure (its ``spike``).
+"""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions import Beta
+from torch import Tensor, nn
+
+from pyro_bmrs.bmr.reduced_priors import spike
+from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model import NoisyNetwork
+
+__all__ = ["BetaGuide"]
+
+LOG_CONCENTRATION_RANGE = (-7.0, 14.0)
+
+
+class BetaGuide(FlatGuide):
+    r"""Mean-field guide: :math:`\theta \sim \mathrm{Beta}(\alpha, \beta)` for the noise of every structure.
+
+    Args:
+        model: The model, whose noise layers have ``Beta`` priors.
+        init_mean: Initial mean of the noise, in (0, 1).
+        init_concentration: Initial :math:`\alpha + \beta`; more is less noise.
+
+    Attributes:
+        log_concentration1, log_concentration0: Parameters of shape ``(structures,)``, :math:`\log\alpha` and
+            :math:`\log\beta`, used clamped to ``LOG_CONCENTRATION_RANGE``.
+
+    Raises:
+        TypeError: If a noise layer's prior is of another type.
+        ValueError: If ``init_mean`` is not inside (0, 1).
+
+    Example:
+        >>> from pyro.distributions import Beta
+        >>> noise = bmrs.MultiplicativeNoise(8, prior=Beta(1.0, 1.0))
+        >>> model = bmrs.NoisyNetwork(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), noise, nn.Linear(8, 3)))
+        >>> bmrs.BetaGuide(model).posterior()["2.theta"].mean[:2].detach()
+        tensor([0.9500, 0.9500])
+    """
+
+    prior_types = (Beta,)
+
+    def __init__(self, model: NoisyNetwork, init_mean: float = 0.95, init_concentration: float = 50.0) -> None:
+        super().__init__(model)
+        if not 0 < init_mean < 1:
+            raise ValueError(f"init_mean must lie inside (0, 1), but got {init_mean}")
+        like = torch.cat([prior.concentration1 for prior in self.prior().values()])
+        self.log_concentration1 = nn.Parameter(torch.full_like(like, math.log(init_mean * init_concentration)))
+        self.log_concentration0 = nn.Parameter(torch.full_like(like, math.log((1 - init_mean) * init_concentration)))
+
+    def family(self, index: slice | Tensor = slice(None)) -> Beta:
+        one, zero = (
+            torch.exp(parameter[index].clamp(*LOG_CONCENTRATION_RANGE))
+            for parameter in (self.log_concentration1, self.log_concentration0)
+        )
+        return Beta(one, zero, validate_args=False)
+
+
+@spike.register(Beta)
+def _spike_at_zero(prior: Any, scale: float = 1e-6) -> Beta:
+    """Return a Beta of the prior's first concentration and mean about ``scale``."""
+    return Beta(prior.concentration1, prior.concentration1 / scale, validate_args=False)

@@ -1,0 +1,19 @@
+r"""Evidence criteria by name, which differ in nothing but the prior log-odds of a structure being absent.
+
+- ``bmrs_n``: 0, the paper's rule as printed (eq. 8): absent and present are equally likely beforehand.
+- ``bmrs_n_reference``: :math:`\frac12 \log 2\pi`, about 0.919. The paper's reference code leaves the term
+  :math:`-\frac12 \log 2\pi` of eq. 8 out, so its :math:`\Delta F` is that much too large everywhere: in effect these
+  odds. Use it to reproduce the published numbers.
+- ``bmrs_n_substantial``: :math:`\log 3`. Removes whatever lacks positive evidence in its favour on the scale of Kass
+  and Raftery (1995), where a Bayes factor below 3 is not worth more than a bare mention. Our own recipe's default.
+"""
+
+import math
+
+from pyro_bmrs.criteria import BMRS_N
+
+__all__ = ["bmrs_n", "bmrs_n_reference", "bmrs_n_substantial"]
+
+bmrs_n = BMRS_N()
+bmrs_n_reference = BMRS_N(prior_log_odds=0.5 * math.log(2 * math.pi))
+bmrs_n_substantial = BMRS_N(prior_log_odds=math.log(3))
