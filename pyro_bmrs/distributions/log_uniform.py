@@ -89,12 +89,17 @@ class LogUniform(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return (torch.exp(self.log_high) - torch.exp(self.log_low)) / self.log_width
+        width = self.log_high.double() - self.log_low.double()
+        return (torch.exp(self.log_low.double()) * torch.expm1(width) / width).to(self.log_low)
 
     @property
     def variance(self) -> Tensor:
-        second = 0.5 * (torch.exp(2 * self.log_high) - torch.exp(2 * self.log_low)) / self.log_width
-        return second - self.mean**2
+        r"""Variance :math:`E[\theta]^2 (h \coth h - 1)` with h half the width of the support of log theta."""
+        half = 0.5 * (self.log_high.double() - self.log_low.double())
+        wide = torch.where(half < 0.05, 1.0, half)
+        series = half**2 / 3 - half**4 / 45 + 2 * half**6 / 945
+        relative = torch.where(half < 0.05, series, wide / torch.tanh(wide) - 1)
+        return (self.mean.double() ** 2 * relative).to(self.log_low)
 
     def entropy(self) -> Tensor:
         """Return the differential entropy of theta, in nats."""
