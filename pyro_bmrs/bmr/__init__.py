@@ -1,8 +1,14 @@
 """Bayesian model reduction: how the evidence changes under another prior, from the posterior alone."""
 
+from pyro_bmrs.bmr import finite as finite
+from pyro_bmrs.bmr import multivariate_normal as multivariate_normal
+from pyro_bmrs.bmr import normal as normal
+from pyro_bmrs.bmr import savage_dickey as savage_dickey
 from pyro_bmrs.bmr import truncated_log_normal as truncated_log_normal
+from pyro_bmrs.bmr.exponential_family import register_exponential_family
 from pyro_bmrs.bmr.reduced_priors import precision_window, spike
 from pyro_bmrs.bmr.registry import (
+    DivergentIntegralError,
     evidence_change,
     reduced_posterior,
     register_evidence_change,
@@ -10,10 +16,12 @@ from pyro_bmrs.bmr.registry import (
 )
 
 __all__ = [
+    "DivergentIntegralError",
     "evidence_change",
     "precision_window",
     "reduced_posterior",
     "register_evidence_change",
+    "register_exponential_family",
     "register_reduced_posterior",
     "spike",
 ]

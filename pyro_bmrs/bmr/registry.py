@@ -8,11 +8,15 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 from torch.distributions.utils import _sum_rightmost
 
 __all__ = [
+    "DivergentIntegralError",
+    "check_convergence",
     "evidence_change",
     "reduced_posterior",
     "register_evidence_change",
@@ -21,6 +25,11 @@ __all__ = [
 
 Triple = tuple[type[Distribution], type[Distribution], type[Distribution]]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+class DivergentIntegralError(ValueError):
+    """There is no reduced posterior: q times reduced prior over prior does not integrate, and Delta F is +inf."""
+
 
 _EVIDENCE_CHANGES: dict[Triple, Callable[..., Any]] = {}
 _REDUCED_POSTERIORS: dict[Triple, Callable[..., Any]] = {}
@@ -32,7 +41,9 @@ def register_evidence_change(
     """Register a closed form for ``evidence_change`` with these types of posterior, prior and reduced prior.
 
     The decorated function takes the three distributions and returns a tensor of their broadcast
-    ``batch_shape``. A rule also serves subclasses; the most specific one wins.
+    ``batch_shape``. A rule also serves subclasses; the most specific one wins: the one registered for the
+    closest ancestor of the posterior's type, then of the prior's, then of the reduced prior's. So no two rules
+    tie, and a later rule for the same three types replaces the earlier.
 
     Raises:
         TypeError: If one of the three is not a subclass of ``torch.distributions.Distribution``.
@@ -55,9 +66,24 @@ def _register(table: dict[Triple, Callable[..., Any]], triple: Triple) -> Callab
     def decorate(rule: Rule) -> Rule:
         table[triple] = rule
         _find_rule.cache_clear()
+        for question, documented in ((evidence_change, _EVIDENCE_CHANGES), (reduced_posterior, _REDUCED_POSTERIORS)):
+            if table is documented:
+                question.__doc__ = _with_table(question.__doc__, table)
         return rule
 
     return decorate
+
+
+_TABLE_TITLE = "\n\n    Registered for posterior, prior and reduced prior (and their subclasses):\n"
+
+
+def _with_table(doc: str | None, table: dict[Triple, Callable[..., Any]]) -> str | None:
+    """Return ``doc`` with the list of the registered triples at its end; None, as under ``python -OO``, stays."""
+    if doc is None:
+        return None
+    rows = sorted(", ".join(f"``{kind.__name__}``" for kind in triple) for triple in table)
+    text = doc.partition(_TABLE_TITLE)[0].rstrip()
+    return text + _TABLE_TITLE + "".join(f"\n    * {row}" for row in rows) + "\n"
 
 
 @lru_cache(maxsize=256)
@@ -70,9 +96,11 @@ def _find_rule(question: str, triple: Triple) -> Callable[..., Any]:
     ]
     if not matches:
         q, p, reduced = (kind.__name__ for kind in triple)
+        sampled = ", or sample it: estimate_evidence_change(posterior, prior, reduced_prior)"
         raise NotImplementedError(
             f"no {question} is registered for a {q} posterior, {p} prior and {reduced} reduced prior; "
             f"register one with register_{question}({q}, {p}, {reduced})"
+            + (sampled if question == "evidence_change" else "")
         )
     return table[min(matches, key=lambda match: _specificity(triple, match))]
 
@@ -94,10 +122,13 @@ def evidence_change(posterior: Distribution, prior: Distribution, reduced_prior:
     Args:
         posterior: :math:`q(\theta)`.
         prior: :math:`p(\theta)`, under which the posterior was found.
-        reduced_prior: :math:`\tilde p(\theta)`, whose support lies within the prior's.
+        reduced_prior: :math:`\tilde p(\theta)`, whose support lies within the prior's. A
+            ``pyro.distributions.Delta`` is a point null: :math:`\Delta F` is then the Savage-Dickey density ratio.
 
     Returns:
-        :math:`\Delta F` in nats, of shape ``batch_shape``; computed in float64, in the posterior's dtype.
+        :math:`\Delta F` in nats, of shape ``batch_shape``; computed in float64, in the posterior's dtype. It is
+        +inf where the expectation diverges: the reduced prior has the heavier tails, and more so than the
+        posterior's are lighter than the prior's.
 
     Raises:
         NotImplementedError: If no rule is registered for the three types.
@@ -113,7 +144,8 @@ def evidence_change(posterior: Distribution, prior: Distribution, reduced_prior:
         >>> bmrs.evidence_change(q, prior, bmrs.spike(prior))
         tensor([ 9.9808e-02, -1.9008e+04])
     """
-    if isinstance(posterior, Independent):
+    reduced_prior = _merge_event_dims(reduced_prior)
+    if isinstance(posterior, Independent) and not isinstance(reduced_prior, Delta):
         return _sum_rightmost(
             evidence_change(*_unwrap(posterior, prior, reduced_prior)), posterior.reinterpreted_batch_ndims
         )
@@ -128,17 +160,42 @@ def reduced_posterior(posterior: Distribution, prior: Distribution, reduced_prio
 
     Args and errors are those of ``evidence_change``.
 
+    Raises:
+        DivergentIntegralError: If there is none in any element of the batch, where ``evidence_change`` is +inf.
+
     Example:
         >>> prior = bmrs.LogUniform()
         >>> q = bmrs.TruncatedLogNormal(torch.tensor(-4.0), torch.tensor(1.0))
         >>> bmrs.reduced_posterior(q, prior, bmrs.spike(prior, scale=1.0)).loc
         tensor(-12.)
     """
-    if isinstance(posterior, Independent):
+    reduced_prior = _merge_event_dims(reduced_prior)
+    if isinstance(posterior, Independent) and not isinstance(reduced_prior, Delta):
         base = reduced_posterior(*_unwrap(posterior, prior, reduced_prior))
         return Independent(base, posterior.reinterpreted_batch_ndims)
     rule = _find_rule("reduced_posterior", (type(posterior), type(prior), type(reduced_prior)))
     return rule(posterior, prior, reduced_prior)
+
+
+def check_convergence(converges: Tensor, reason: str) -> None:
+    """Raise ``DivergentIntegralError`` with the reason and the failing elements unless all of ``converges`` hold."""
+    if not bool(converges.all()):
+        failing = torch.nonzero(~converges).tolist()
+        shown = ", ".join(str(tuple(index)) for index in failing[:5]) + (", ..." if len(failing) > 5 else "")
+        where = f"at {len(failing)} of {converges.numel()} elements, {shown}" if converges.dim() else "here"
+        raise DivergentIntegralError(
+            f"there is no reduced posterior {where}: {reason}, so posterior * reduced prior / prior does not integrate "
+            "and the evidence change is +inf; choose a reduced prior that is nowhere heavier-tailed than the prior"
+        )
+
+
+def _merge_event_dims(reduced_prior: Distribution) -> Distribution:
+    """Return an ``Independent`` point mass as the point mass with more event dimensions that it is."""
+    base = reduced_prior.base_dist if isinstance(reduced_prior, Independent) else None
+    if not isinstance(base, Delta):
+        return reduced_prior
+    event_dim = len(reduced_prior.event_shape)
+    return Delta(base.v, _sum_rightmost(base.log_density, event_dim - base.event_dim), event_dim=event_dim)
 
 
 def _unwrap(posterior: Any, *others: Any) -> tuple[Distribution, ...]:
