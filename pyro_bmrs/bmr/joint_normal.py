@@ -17,7 +17,9 @@ Moments = tuple[Tensor, Tensor]
 
 
 def marginals(distribution: Any) -> Any:
-    """Return the distribution of each element alone."""
+    """Return the distribution of each element alone, of a normal distribution or point mass."""
+    if isinstance(distribution, dist.Delta):
+        return dist.Delta(distribution.v)
     if isinstance(distribution, MultivariateNormal):
         return dist.Normal(distribution.loc, distribution.stddev)
     return distribution

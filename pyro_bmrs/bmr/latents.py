@@ -26,7 +26,6 @@ from torch.distributions import (
     biject_to,
     constraints,
 )
-from torch.distributions.transforms import ComposeTransform, ExpTransform
 
 __all__ = ["Latents", "posterior_and_prior", "read_latents", "to_elements"]
 
@@ -161,7 +160,7 @@ def _positions(guide: Any) -> dict[str, Tensor]:
     positions, start = {}, 0
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         shape = biject_to(site["fn"].support).inv(site["value"]).shape
-        positions[name] = torch.arange(start, start + shape.numel()).reshape(shape)
+        positions[name] = torch.arange(start, start + shape.numel(), device=guide.loc.device).reshape(shape)
         start += shape.numel()
     return positions
 
@@ -170,12 +169,12 @@ def _constrained(normal: Normal, support: Any) -> Distribution:
     """Return the distribution on ``support`` of what is ``normal`` in unconstrained space."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    transform = biject_to(support)
-    if isinstance(transform, ComposeTransform) and not transform.parts:
+    if isinstance(support, type(constraints.real)):
         return normal
-    if isinstance(transform, ExpTransform):
+    above = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
+    if above and bool(torch.as_tensor(support.lower_bound == 0).all()):
         return dist.LogNormal(normal.loc, normal.scale)
-    return TransformedDistribution(normal, [transform])
+    return TransformedDistribution(normal, [biject_to(support)])
 
 
 def _check_known(names: list[str], latent: Iterable[str]) -> None:
@@ -202,6 +201,9 @@ def _check_sites(names: list[str], guide_trace: Trace, model_trace: Trace) -> No
                 f"the guide has no site {name!r}, so there is no posterior for it; add "
                 f"pyro.sample({name!r}, ...) to the guide"
             )
+        here, there = sites[name]["fn"].shape(), guide_trace.nodes[name]["value"].shape
+        if here != there:
+            raise ValueError(f"site {name!r} has shape {tuple(here)} in the model but {tuple(there)} in the guide")
 
 
 def _check_fixed(names: list[str], traces: tuple[Trace, Trace], others: tuple[Trace, Trace]) -> None:

@@ -123,6 +123,8 @@ class Reduction:
                     f"the elements of site {site!r} must be a bool tensor of shape {tuple(shape)}, True where the "
                     f"prior is reduced, but got {mask.dtype} of shape {tuple(mask.shape)}"
                 )
+            else:
+                masks[site] = mask.to(self.delta_f[site].device)
         return masks
 
     def _joint_of_group(self, masks: Mapping[str, Tensor]) -> Tensor:
@@ -210,18 +212,16 @@ def _fitted(site: str, posterior: Any, prior: Any, reduced_prior: Any) -> Triple
     shape = _shape(prior)
     if isinstance(posterior, dist.Delta):
         raise NotImplementedError(
-            f"the guide fixes site {site!r} at a point, which leaves no posterior to reduce; fit another guide, "
-            "AutoNormal for one"
-        )
-    if _shape(posterior) != shape:
-        raise ValueError(
-            f"site {site!r} has shape {tuple(shape)} in the model but {tuple(_shape(posterior))} in the guide"
+            f"the guide's distribution of site {site!r} is a point mass, which leaves no posterior to reduce; fit another "
+            "guide, AutoNormal for one"
         )
     if not _broadcasts(_shape(reduced_prior), shape):
         raise ValueError(
             f"the reduced prior of site {site!r} has shape {tuple(_shape(reduced_prior))}, which does not broadcast to "
             f"the site's {tuple(shape)}; give it that shape"
         )
+    if isinstance(reduced_prior, dist.Delta):
+        reduced_prior = dist.Delta(reduced_prior.v.expand(shape), event_dim=len(posterior.event_shape))
     return Triple(*(_expand(each, shape) for each in (posterior, prior, reduced_prior)))
 
 
@@ -239,17 +239,15 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
 
 def _delta_f(site: str, triple: Triple) -> Tensor:
     """Return the evidence change of each element alone."""
-    posterior, prior, reduced_prior = map(marginals, triple)
-    if isinstance(reduced_prior, dist.Delta):
-        reduced_prior = dist.Delta(reduced_prior.v, event_dim=len(posterior.event_shape))
     try:
-        return evidence_change(posterior, prior, reduced_prior)
+        return evidence_change(*(map(marginals, triple) if triple.correlated else triple))
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"site {site!r} has no closed form ({error}); estimate_evidence_change(*posterior_and_prior(guide, model, "
-            f"{site!r}, ...), reduced_prior) samples it"
+            f"site {site!r}: {error}, its first two from posterior_and_prior(guide, model, {site!r}, ...)"
         ) from error
 
 
 def _declare_event(distribution: Any, event_dim: int) -> Distribution:
+    if isinstance(distribution, dist.Delta):
+        return dist.Delta(distribution.v, event_dim=event_dim)
     return distribution.to_event(event_dim - len(distribution.event_shape))

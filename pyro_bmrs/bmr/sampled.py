@@ -96,7 +96,7 @@ def estimate_evidence_change(
 
     Example:
         >>> q, p, reduced = (torch.distributions.Normal(0.0, scale) for scale in (0.5, 2.0, 1.0))
-        >>> result = bmrs.bmr.sampled.estimate_evidence_change(q, p, reduced, seed=0)
+        >>> result = estimate_evidence_change(q, p, reduced, seed=0)
         >>> exact = 0.5 * math.log(4 / 4.75 / 0.25)
         >>> bool((result.estimate - exact).abs() < 3 * result.standard_error)
         True

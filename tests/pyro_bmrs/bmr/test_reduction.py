@@ -37,7 +37,7 @@ def quadrature(q, p, r, low, high):
 
 
 def normal(loc, scale, size=3):
-    return dist.Normal(torch.full((size,), loc).double(), torch.full((size,), scale).double())
+    return dist.Normal(double([loc] * size), double([scale] * size))
 
 
 def two_sites():
@@ -104,19 +104,18 @@ def test_correlated_autoguides(kind):
         assert_close(reduction.delta_f[site], delta_f[where], 1e-12)
     # The expectation of r/p under q is a Gaussian integral: q's density times exp(-x'Ax/2 + b'x + c).
     a, b = torch.diag(r_scale**-2 - p_scale**-2), r_loc / r_scale**2
-    c = (torch.log(p_scale / r_scale) - 0.5 * (r_loc / r_scale) ** 2).sum()
+    c = torch.log(p_scale / r_scale) - 0.5 * (r_loc / r_scale) ** 2
     for index in ([0, 1, 2, 3, 4], [1, 3], [4]):
-        masks = {site: torch.zeros(5, dtype=torch.bool) for site in sites}
         some = torch.zeros(5, dtype=torch.bool)
         some[index] = True
         masks = {site: some[where] for site, where in sites.items()}
         cov, loc, a_s, b_s = q.covariance_matrix[index][:, index], q.loc[index], a[index][:, index], b[index]
-        c_s = (torch.log(p_scale / r_scale) - 0.5 * (r_loc / r_scale) ** 2)[index].sum()
         precision = cov.inverse() + a_s
         linear = torch.linalg.solve(cov, loc) + b_s
-        exact = c_s - 0.5 * torch.logdet(precision @ cov) + 0.5 * linear @ torch.linalg.solve(precision, linear)
+        exact = (
+            c[index].sum() - 0.5 * torch.logdet(precision @ cov) + 0.5 * linear @ torch.linalg.solve(precision, linear)
+        )
         assert_close(reduction.joint(masks), exact - 0.5 * loc @ torch.linalg.solve(cov, loc), 1e-9)
-    assert c.isfinite()
     # The reduced posterior's marginals, by the same completion of the square.
     precision = q.covariance_matrix.inverse() + a
     cov = precision.inverse()
@@ -140,7 +139,7 @@ def test_correlated_sites_fixed_at_points():
 
 
 def test_our_guide_needs_no_data():
-    model, guide, (x, y) = build("mlp", dtype=torch.float64)
+    model, guide, _ = build("mlp", dtype=torch.float64)
     reduced = {site: bmrs.spike(prior) for site, prior in guide.prior().items()}
     reduction = reduce(guide, model, reduced)
     assert reduction.delta_f.keys() == guide.sizes.keys()
@@ -152,7 +151,7 @@ def test_our_guide_needs_no_data():
 
 
 def test_a_hand_written_guide_of_our_model():
-    model, guide, (x, y) = build("mlp", dtype=torch.float64)
+    model, guide, x = build("mlp", dtype=torch.float64)
     site = next(iter(guide.sizes))
     model.noise[site].remove(torch.arange(guide.sizes[site]) < 2)  # a masked site
 
@@ -161,7 +160,10 @@ def test_a_hand_written_guide_of_our_model():
             pyro.sample(name, model.noise[name].site_distribution(q))
 
     reduced = {site: bmrs.spike(guide.prior()[site])}
-    assert torch.equal(reduce(by_hand, model, reduced, x, y).delta_f[site], reduce(guide, model, reduced).delta_f[site])
+    assert torch.equal(
+        reduce(by_hand, model, reduced, x, torch.zeros(len(x)).long()).delta_f[site],
+        reduce(guide, model, reduced).delta_f[site],
+    )
 
 
 @pytest.mark.parametrize("reduced", [dist.Normal(double(0.0), 0.3), normal(0.0, 0.3), normal(0.0, 0.3).to_event(1)])
@@ -222,7 +224,9 @@ def test_events_that_belong_together_stay_together():
 
     reduction = reduce(lambda: program(q), lambda: program(p), {"probs": r})
     assert_close(reduction.delta_f["probs"], bmrs.evidence_change(q, p, r), 1e-12)
+    assert_close(reduction.reduced_posteriors["probs"].mean, bmrs.reduced_posterior(q, p, r).mean, 1e-12)
     uniform = reduce(lambda: program(q), lambda: program(p), {"probs": dist.Delta(double([0.3, 0.3, 0.4]))})
+    assert_close(uniform.reduced_posteriors["probs"].mean, double([0.3, 0.3, 0.4]), 1e-12)
     assert_close(
         uniform.delta_f["probs"], q.log_prob(double([0.3, 0.3, 0.4])) - p.log_prob(double([0.3, 0.3, 0.4])), 1e-12
     )
@@ -307,7 +311,7 @@ def test_joint_refuses_other_elements():
         reduction.joint(["s"])
     with pytest.raises(ValueError, match=r"must be a bool tensor of shape \(3,\), .* of shape \(2,\)"):
         reduction.joint({"w": torch.tensor([True, False])})
-    with pytest.raises(ValueError, match="got torch.int64"):
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
         reduction.joint({"w": torch.tensor([0, 1, 2])})
 
 
@@ -420,7 +424,9 @@ def test_names_the_sampled_estimate_where_there_is_no_closed_form():
             pyro.sample("rate", dist.Gamma(double(2.0), double(1.0)))
 
     guide, reduced = set_up(AutoNormal(model, init_scale=0.3)), dist.Gamma(double(2.0), double(2.0))
-    with pytest.raises(NotImplementedError, match=r"site 'rate' has no closed form .* estimate_evidence_change"):
+    with pytest.raises(
+        NotImplementedError, match=r"site 'rate': no evidence_change .* estimate_evidence_change.* posterior_and_prior"
+    ):
         reduce(guide, model, {"rate": reduced})
     q, p = posterior_and_prior(guide, model, "rate")
     sampled = estimate_evidence_change(q, p, reduced, seed=0)
@@ -443,7 +449,7 @@ def test_bounded_support_has_a_sampled_estimate():
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(AutoDelta, "fixes site 'w' at a point"), (AutoIAFNormal, "use AutoNormal, AutoDiagonalNormal")],
+    [(AutoDelta, "site 'w' is a point mass"), (AutoIAFNormal, "use AutoNormal, AutoDiagonalNormal")],
 )
 def test_refuses_guides_without_a_known_posterior(kind, message):
     def model():
