@@ -212,8 +212,8 @@ def _fitted(site: str, posterior: Any, prior: Any, reduced_prior: Any) -> Triple
     shape = _shape(prior)
     if isinstance(posterior, dist.Delta):
         raise NotImplementedError(
-            f"the guide's distribution of site {site!r} is a point mass, which leaves no posterior to reduce; fit another "
-            "guide, AutoNormal for one"
+            f"the guide's distribution of site {site!r} is a point mass, which leaves no posterior to reduce; fit "
+            "another guide, AutoNormal for one"
         )
     if not _broadcasts(_shape(reduced_prior), shape):
         raise ValueError(
