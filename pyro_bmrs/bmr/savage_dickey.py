@@ -69,8 +69,8 @@ def _log_prob(distribution: Distribution, value: Tensor) -> Tensor:
 def _without_validation(distribution: Distribution) -> Distribution:
     """Return a shallow copy that evaluates its density anywhere."""
     unchecked = copy.copy(distribution)
-    unchecked._validate_args = False
     base = getattr(distribution, "base_dist", None)
-    if isinstance(base, Distribution):
+    if isinstance(base, Distribution):  # first: Pyro's Independent validates as its base does, and sets it there
         unchecked.base_dist = _without_validation(base)  # type: ignore[attr-defined]
+    unchecked._validate_args = False
     return unchecked

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import assert_close, double
+from pyro.distributions import Delta
 from torch.distributions import Independent, Normal
 
 from pyro_bmrs import (
@@ -14,7 +15,8 @@ from pyro_bmrs import (
     register_reduced_posterior,
     spike,
 )
-from pyro_bmrs.bmr import registry
+from pyro_bmrs.bmr import DivergentIntegralError, registry
+from pyro_bmrs.bmr.registry import check_convergence
 
 PRIOR = LogUniform(double(-20.0), double(0.0))
 Q = TruncatedLogNormal(double([[-18.0, -0.5, -6.0], [-25.0, 1.0, -3.0]]), double([1.0, 0.1, 3.0]))
@@ -25,6 +27,8 @@ def fresh_registry(monkeypatch):
     """Let a test register rules that are forgotten after it."""
     for table in ("_EVIDENCE_CHANGES", "_REDUCED_POSTERIORS"):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    for question in (evidence_change, reduced_posterior):
+        monkeypatch.setattr(question, "__doc__", question.__doc__)
     yield
     registry._find_rule.cache_clear()
 
@@ -109,6 +113,41 @@ def test_event_dimensions_must_agree(question):
             question(q, p, wrong)
 
 
+def test_point_masses_keep_their_own_event_dimensions():
+    q, p = Normal(torch.randn(2, 3).double(), 0.5), Normal(torch.zeros(2, 3).double(), 1.0)
+    point = Delta(torch.zeros(2, 3).double())
+    expected = (q.log_prob(point.v) - p.log_prob(point.v)).sum(-1)
+    for reduced in (Delta(point.v, event_dim=1), point.to_event(1), Independent(point, 1)):
+        assert_close(evidence_change(Independent(q, 1), Independent(p, 1), reduced), expected, 1e-14)
+        result = reduced_posterior(Independent(q, 1), Independent(p, 1), reduced)
+        assert (type(result), result.batch_shape, result.event_shape) == (Delta, (2,), (3,))
+
+
+# --- the list of rules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", [evidence_change, reduced_posterior])
+def test_docstrings_list_every_rule(question):
+    table = registry._EVIDENCE_CHANGES if question is evidence_change else registry._REDUCED_POSTERIORS
+    rows = question.__doc__.partition(registry._TABLE_TITLE)[2].split("\n    * ")[1:]
+    assert len(rows) == len(table) > 10
+    assert "``TruncatedLogNormal``, ``LogUniform``, ``LogUniform``" in rows
+    assert rows == sorted(rows)
+
+
+@pytest.mark.usefixtures("fresh_registry")
+def test_docstrings_list_later_rules():
+    before = evidence_change.__doc__
+    register_evidence_change(Special, LogUniform, LogUniform)(lambda q, p, reduced: q.loc)
+    assert "``Special``, ``LogUniform``" in evidence_change.__doc__
+    assert "Special" not in reduced_posterior.__doc__
+    assert evidence_change.__doc__.replace("    * ``Special``, ``LogUniform``, ``LogUniform``\n", "") == before
+
+
+def test_no_docstring_gets_no_list():
+    assert registry._with_table(None, registry._EVIDENCE_CHANGES) is None
+
+
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +155,24 @@ def test_event_dimensions_must_agree(question):
 def test_a_missing_rule_names_the_three_types(question):
     with pytest.raises(NotImplementedError, match=r"Normal.*LogUniform.*TruncatedLogNormal"):
         question(Normal(0.0, 1.0), PRIOR, spike(PRIOR))
+
+
+def test_a_missing_rule_names_the_sampled_estimate():
+    with pytest.raises(NotImplementedError, match=r"estimate_evidence_change\(posterior, prior, reduced_prior\)"):
+        evidence_change(Normal(0.0, 1.0), PRIOR, spike(PRIOR))
+
+
+@pytest.mark.parametrize(
+    ("converges", "message"),
+    [
+        (torch.tensor(False), "posterior here: why,"),
+        (torch.zeros(2, 3) > 0, r"6 of 6 elements, \(0, 0\), .*\.\.\.: why,"),
+    ],
+)
+def test_divergence_names_the_elements(converges, message):
+    with pytest.raises(DivergentIntegralError, match=message):
+        check_convergence(converges, "why")
+    check_convergence(~converges, "why")
 
 
 @pytest.mark.parametrize("register", [register_evidence_change, register_reduced_posterior])
