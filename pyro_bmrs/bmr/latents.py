@@ -1,0 +1,221 @@
+"""What a Pyro guide and model say of a latent site: its posterior and its prior, one distribution an element.
+
+Nothing is asked of the guide but that it is one. Guide and model are traced: the guide's site is the posterior, the
+model's the prior. Autoguides draw in unconstrained space, and their posterior is carried back from there.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    biject_to,
+    constraints,
+)
+
+__all__ = ["Latents", "posterior_and_prior", "read_latents", "to_elements"]
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Posterior and prior of latent sites, by name.
+
+    Attributes:
+        posteriors: Posterior of each site, one batch element an element.
+        priors: Prior of each site, likewise.
+        event_dims: Number of event dimensions that the site has.
+        correlated: The normal distribution of all sites' elements in unconstrained space, if the guide has one.
+        positions: Where in it each site's elements are, of the site's unconstrained shape.
+    """
+
+    posteriors: Mapping[str, Distribution]
+    priors: Mapping[str, Distribution]
+    event_dims: Mapping[str, int]
+    correlated: MultivariateNormal | None = None
+    positions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class StatedPosterior(Protocol):
+    """A guide that states its posterior and prior, and needs no tracing; ``TruncatedLogNormalGuide`` is one."""
+
+    def posterior(self) -> Mapping[str, Any]:
+        """Return the posterior of each site."""
+
+    def prior(self) -> Mapping[str, Any]:
+        """Return the prior of each site."""
+
+
+def posterior_and_prior(
+    guide: Program, model: Program, site: str, *args: Any, **kwargs: Any
+) -> tuple[Distribution, Distribution]:
+    """Return the posterior and the prior of one latent site, one batch element an element of the site.
+
+    They are what ``evidence_change`` and ``estimate_evidence_change`` take. Arguments and errors are those of
+    ``reduce``.
+
+    Example:
+        >>> import pyro
+        >>> model = lambda: pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        >>> guide = lambda: pyro.sample("w", dist.Normal(torch.ones(3), 0.1).to_event(1))
+        >>> posterior_and_prior(guide, model, "w")
+        (Normal(loc: torch.Size([3]), scale: torch.Size([3])), Normal(loc: torch.Size([3]), scale: torch.Size([3])))
+    """
+    found = read_latents(guide, model, [site], *args, **kwargs)
+    return found.posteriors[site], found.priors[site]
+
+
+@torch.no_grad()
+def read_latents(guide: Program, model: Program, names: Iterable[str], *args: Any, **kwargs: Any) -> Latents:
+    """Return posterior and prior of the latent sites ``names``; see ``reduce`` for arguments and errors."""
+    names = list(names)
+    if isinstance(guide, StatedPosterior):
+        posteriors, priors = guide.posterior(), guide.prior()
+        _check_known(names, posteriors)
+        return _latents(names, posteriors, priors)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        (guide_trace, model_trace), others = (_trace(guide, model, args, kwargs) for _ in range(2))
+    _check_sites(names, guide_trace, model_trace)
+    _check_fixed(names, (guide_trace, model_trace), others)
+    priors = {name: model_trace.nodes[name]["fn"] for name in names}
+    if isinstance(guide, AutoContinuous):
+        return _from_autoguide(guide, names, priors, args, kwargs)
+    return _latents(names, {name: _posterior_of(name, guide_trace, priors[name]) for name in names}, priors)
+
+
+def to_elements(distribution: Any) -> Any:
+    """Return ``distribution`` without masks and with the event dimensions that are only declared made batch ones."""
+    if isinstance(distribution, MaskedDistribution | Independent):
+        return to_elements(distribution.base_dist)
+    if isinstance(distribution, ExpandedDistribution):
+        base = to_elements(distribution.base_dist)
+        declared = base.batch_shape[len(distribution.base_dist.batch_shape) :]
+        return base.expand(distribution.batch_shape + declared)
+    if isinstance(distribution, dist.Delta):
+        return dist.Delta(distribution.v)
+    if isinstance(distribution, LowRankMultivariateNormal):
+        return dist.MultivariateNormal(distribution.loc, distribution.covariance_matrix)
+    return distribution
+
+
+def _latents(names: list[str], posteriors: Mapping[str, Any], priors: Mapping[str, Any], **correlated: Any) -> Latents:
+    return Latents(
+        {name: to_elements(posteriors[name]) for name in names},
+        {name: to_elements(priors[name]) for name in names},
+        {name: len(priors[name].event_shape) for name in names},
+        **correlated,
+    )
+
+
+def _trace(guide: Program, model: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+
+
+def _posterior_of(name: str, guide_trace: Trace, prior: Any) -> Distribution:
+    """Return what the guide draws the site from, or what ``AutoNormal`` draws its unconstrained self from."""
+    unconstrained = guide_trace.nodes.get(f"{name}_unconstrained")
+    if unconstrained is None:
+        return guide_trace.nodes[name]["fn"]
+    return _constrained(to_elements(unconstrained["fn"]), prior.support)
+
+
+def _from_autoguide(guide: Any, names: list[str], priors: Mapping[str, Any], args: Any, kwargs: Any) -> Latents:
+    """Read an autoguide that draws all sites as one vector."""
+    flat = to_elements(guide.get_posterior(*args, **kwargs))
+    if not isinstance(flat, Normal | MultivariateNormal):
+        raise NotImplementedError(
+            f"{type(guide).__name__} has a {type(flat).__name__} posterior over all sites, whose parts are not known; "
+            "use AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal or AutoLowRankMultivariateNormal"
+        )
+    positions = _positions(guide)
+    loc, scale = flat.loc, flat.stddev
+    posteriors = {
+        name: _constrained(dist.Normal(loc[positions[name]], scale[positions[name]]), priors[name].support)
+        for name in names
+    }
+    if isinstance(flat, Normal):
+        return _latents(names, posteriors, priors)
+    return _latents(names, posteriors, priors, correlated=flat, positions=positions)
+
+
+def _positions(guide: Any) -> dict[str, Tensor]:
+    """Return where in the autoguide's vector each site's elements are."""
+    positions, start = {}, 0
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        shape = biject_to(site["fn"].support).inv(site["value"]).shape
+        positions[name] = torch.arange(start, start + shape.numel(), device=guide.loc.device).reshape(shape)
+        start += shape.numel()
+    return positions
+
+
+def _constrained(normal: Normal, support: Any) -> Distribution:
+    """Return the distribution on ``support`` of what is ``normal`` in unconstrained space."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.real)):
+        return normal
+    above = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
+    if above and bool(torch.as_tensor(support.lower_bound == 0).all()):
+        return dist.LogNormal(normal.loc, normal.scale)
+    return TransformedDistribution(normal, [biject_to(support)])
+
+
+def _check_known(names: list[str], latent: Iterable[str]) -> None:
+    latent = list(latent)
+    for name in names:
+        if name not in latent:
+            raise ValueError(f"there is no latent site {name!r}; the latent sites are {', '.join(map(repr, latent))}")
+
+
+def _check_sites(names: list[str], guide_trace: Trace, model_trace: Trace) -> None:
+    sites = {
+        name: site
+        for name, site in model_trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+    latent = [name for name, site in sites.items() if not site["is_observed"]]
+    for name in names:
+        if name in sites and name not in latent:
+            raise ValueError(f"site {name!r} is observed and has no posterior; the latent sites are {latent}")
+    _check_known(names, latent)
+    for name in names:
+        if name not in guide_trace.nodes:
+            raise ValueError(
+                f"the guide has no site {name!r}, so there is no posterior for it; add "
+                f"pyro.sample({name!r}, ...) to the guide"
+            )
+        here, there = sites[name]["fn"].shape(), guide_trace.nodes[name]["value"].shape
+        if here != there:
+            raise ValueError(f"site {name!r} has shape {tuple(here)} in the model but {tuple(there)} in the guide")
+
+
+def _check_fixed(names: list[str], traces: tuple[Trace, Trace], others: tuple[Trace, Trace]) -> None:
+    """Refuse a site whose distribution is not the same in a second run, with other draws of the other sites."""
+    values = traces[0].nodes
+    for kind, first, second in zip(("posterior", "prior"), traces, others, strict=True):
+        for name in names:
+            if kind == "posterior" and isinstance(to_elements(first.nodes[name]["fn"]), dist.Delta):
+                continue  # an autoguide's: its distribution is elsewhere
+            here, there = (each.nodes[name]["fn"].log_prob(values[name]["value"]) for each in (first, second))
+            if not torch.allclose(here, there, equal_nan=True):
+                raise NotImplementedError(
+                    f"the {kind} of site {name!r} depends on the draws of other sites, but Bayesian model reduction "
+                    "compares distributions that do not; reduce the sites that it depends on, or condition on them"
+                )
