@@ -138,12 +138,13 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
 
     Args:
         p1: Bits that the noise must reach to matter; the paper uses 8 and 4.
-        p2: Bits below which nothing is representable; None reaches down to the prior's own bound.
+        p2: Bits below which nothing is representable. None reaches down to the prior's own bound; the paper's 23 (the
+            mantissa of float32) keeps structures that collapsed below it, whose mass counts as outside the window.
         prior_log_odds: As for ``BMRS_N``.
     """
 
     p1: float = 8
-    p2: float | None = 23
+    p2: float | None = None
 
     def reduced_prior(self, prior: Any) -> Distribution:
         return precision_window(prior, self.p1, self.p2)

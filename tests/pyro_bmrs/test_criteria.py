@@ -9,9 +9,9 @@ import pyro_bmrs as bmrs
 
 ALL = [
     bmrs.BMRS_N(),
+    bmrs.BMRS_U(8, 23),
+    bmrs.BMRS_U(4, 23),
     bmrs.BMRS_U(8),
-    bmrs.BMRS_U(4),
-    bmrs.BMRS_U(8, p2=None),
     bmrs.SNR(1.0),
     bmrs.PosteriorMean(0.1),
     bmrs.WeightNorm(),
@@ -60,7 +60,7 @@ def test_evidence_scores_are_the_evidence_change_plus_the_odds(context):
     prior = context.guide.prior()[site]
     found = bmrs.BMRS_N(prior_log_odds=0.5).scores(context)[site]
     torch.testing.assert_close(found, bmrs.evidence_change(q, prior, bmrs.spike(prior)).detach() + 0.5)
-    window = bmrs.BMRS_U(4, prior_log_odds=0.5).scores(context)[site]
+    window = bmrs.BMRS_U(4, 23, prior_log_odds=0.5).scores(context)[site]
     torch.testing.assert_close(window, bmrs.evidence_change(q, prior, bmrs.precision_window(prior, 4)).detach() + 0.5)
 
 
@@ -69,8 +69,8 @@ def test_a_closed_window_keeps_what_collapsed_below_it(context):
     with torch.no_grad():
         context.guide.loc.fill_(-19.0)
         context.guide.log_scale.fill_(-2.0)
-    assert not any(bool(removed.any()) for removed in bmrs.BMRS_U(8).supported(context).values())
-    assert all(bool(removed.all()) for removed in bmrs.BMRS_U(8, p2=None).supported(context).values())
+    assert not any(bool(removed.any()) for removed in bmrs.BMRS_U(8, 23).supported(context).values())
+    assert all(bool(removed.all()) for removed in bmrs.BMRS_U(8).supported(context).values())
 
 
 def test_a_score_that_is_no_number_removes_nothing(context):
