@@ -47,6 +47,8 @@ class Quickstart:
     prior_log_odds: float = math.log(3)
     """Of a structure being absent, before seeing data; log 3 removes what lacks positive evidence."""
     device: str = "auto"
+    threads: int = 1
+    """Of the CPU; these networks are too small to gain from more, and lose on a busy machine."""
     output: Path | None = None
     """Run folder; by default a new one under runs/, named after network, seed and time."""
     overwrite: bool = False
@@ -62,6 +64,7 @@ def main(config: Quickstart) -> dict[str, object]:
     kl_weight = _KL_WEIGHTS[config.network] if config.kl_weight is None else config.kl_weight
     config = replace(config, kl_weight=kl_weight)
     write_json(folder / "config.json", {**asdict(config), "output": str(folder)})
+    torch.set_num_threads(config.threads)
     split = digits()
     torch.manual_seed(config.seed)
     net = _build(config.network, split.train[0])

@@ -34,6 +34,7 @@ def plot_reduction(
         ax: Axes to draw on; new ones by default.
     """
     ax = _axes(ax)
+    posterior, prior, reduced_prior = map(_on_cpu, (posterior, prior, reduced_prior))
     delta_f = float(evidence_change(posterior, prior, reduced_prior))
     support: Any = prior.support
     low, high = (float(torch.log(bound)) for bound in (support.lower_bound, support.upper_bound))
@@ -61,6 +62,10 @@ def plot_reduction(
     )
     ax.legend(frameon=False)
     return ax
+
+
+def _on_cpu(distribution: Any) -> Distribution:
+    return type(distribution)(**{name: getattr(distribution, name).cpu() for name in distribution.arg_constraints})
 
 
 def _log_theta_density(distribution: Distribution, log_theta: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def predict(
     Args:
         model: The model.
         guide: Its guide.
-        x: Inputs, of shape ``(n, ...)``.
+        x: Inputs, of shape ``(n, ...)``; moved to the guide's device.
         masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
             has not been removed so far. Structures that are not kept have :math:`\theta = 0`.
         batch_size: Number of examples run at once.
@@ -44,7 +44,8 @@ def predict(
         model.eval()
         with torch.no_grad(), fix_noise(values):
             net = model._modules["net"]
-            return torch.cat([functional_call(net, kept, (batch,)) for batch in x.split(batch_size)])
+            batches = x.to(guide.device).split(batch_size)
+            return torch.cat([functional_call(net, kept, (batch,)) for batch in batches])
     finally:
         model.train(training)
 

@@ -228,3 +228,20 @@ def test_everything_runs_on_a_gpu():
     for criterion in (bmrs.BMRS_N(), bmrs.BMRS_U(8), bmrs.SNR(), bmrs.WeightNorm(), bmrs.GradientWeightNorm()):
         model, guide = small_classifier()
         bmrs.fit(model, guide, (x, y), criterion=criterion, device="cuda", **QUICK)
+
+
+@pytest.mark.gpu
+def test_figures_and_surgery_take_what_a_gpu_fitted():
+    x, y = blobs()
+    model, guide = small_classifier()
+    result = bmrs.fit(model, guide, (x, y), device="cuda", **QUICK)
+    site, posterior = next(iter(guide.posterior().items()))
+    q = bmrs.TruncatedLogNormal(*(getattr(posterior, name)[0].detach() for name in posterior.arg_constraints))
+    p = bmrs.LogUniform(torch.tensor(-20.0, device="cuda"), torch.tensor(0.0, device="cuda"))
+    delta_f = bmrs.evidence_changes(guide)
+    assert bmrs.plot_reduction(q, p, bmrs.spike(p)) is not None
+    assert bmrs.plot_forest(guide) is not None
+    assert bmrs.plot_evidence(delta_f, result.masks) is not None
+    assert bmrs.plot_evidence_snr(delta_f, {site: posterior.snr}) is not None
+    assert bmrs.predict(model, guide, x).is_cuda
+    assert bmrs.reduce(guide, model, {site: bmrs.spike(p)}).delta_f[site].is_cuda
