@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -70,15 +71,6 @@ def main(config: Quickstart) -> dict[str, object]:
     net = _build(config.network, split.train[0])
     dense = copy.deepcopy(net)
 
-    print(f"dense {config.network}, without noise, {config.epochs + config.fine_tune_epochs} epochs ...", flush=True)
-    started = time.perf_counter()
-    device = resolve_device(config.device)
-    train = (split.train[0].to(device), split.train[1].to(device))
-    train_dense(
-        dense.to(device), train, config.epochs + config.fine_tune_epochs, config.batch_size, config.lr, config.seed
-    )
-    dense_seconds = time.perf_counter() - started
-
     model = bmrs.NoisyNetwork(net, num_data=len(split.train[0]), kl_weight=kl_weight)
     guide = bmrs.TruncatedLogNormalGuide(model)
     result = bmrs.fit(
@@ -97,6 +89,16 @@ def main(config: Quickstart) -> dict[str, object]:
         progress=config.progress,
         on_epoch=metrics_writer(folder),
     )
+
+    print(f"dense {config.network}, without noise, {config.epochs + config.fine_tune_epochs} epochs ...", flush=True)
+    started = time.perf_counter()
+    device = resolve_device(config.device)
+    train = (split.train[0].to(device), split.train[1].to(device))
+    train_dense(
+        dense.to(device), train, config.epochs + config.fine_tune_epochs, config.batch_size, config.lr, config.seed
+    )
+    dense_seconds = time.perf_counter() - started
+
     pruned = bmrs.compact(model, guide, result.masks, split.validation[0][:8])
     results = {
         "dataset": "digits",
@@ -121,4 +123,7 @@ def _build(network: str, images: torch.Tensor) -> nn.Module:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Quickstart))
+    try:
+        main(tyro.cli(Quickstart))
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

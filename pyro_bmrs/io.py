@@ -199,7 +199,8 @@ def prepare_run_folder(path: PathLike, overwrite: bool = False) -> Path:
         OSError: If it cannot be made or written to.
     """
     path = Path(path)
-    if not overwrite and any((path / name).exists() for name in ("results.json", "metrics.jsonl", "config.json")):
+    files = [path / "results.json", path / "metrics.jsonl"]
+    if not overwrite and any(file.is_file() and file.stat().st_size > 0 for file in files):
         raise FileExistsError(
             f"{path} already holds the results of a run; they are kept: choose another folder, or pass overwrite"
         )

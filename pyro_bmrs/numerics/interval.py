@@ -138,7 +138,7 @@ class _KLFromUniform(torch.autograd.Function):
         to_far = width - mean + distance.clamp(max=0)
         pull = far_density * (1 + (mode + mean) * to_far + 0.5 * (to_far**2 - var))
         grad_width = 1 / width - torch.where(far_density > 0, pull, 0.0)
-        return kl, (mode + mean) * var + 0.5 * third, grad_width
+        return kl.clamp(min=0), (mode + mean) * var + 0.5 * third, grad_width
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
