@@ -119,7 +119,7 @@ class _Variance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         distance, width = ctx.saved_tensors
-        mean, var, third, far_density = cumulants(distance, width)
+        _, mean, var, third, far_density = cumulants(distance, width)
         to_far = width - mean + distance.clamp(max=0)
         grad_width = torch.where(far_density > 0, (to_far**2 - var) * far_density, 0.0)
         return -third * grad, grad_width * grad
@@ -132,9 +132,9 @@ class _KLFromUniform(torch.autograd.Function):
 
     @staticmethod
     def forward(distance: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var, third, far_density = cumulants(distance, width)
+        log_integral, mean, var, third, far_density = cumulants(distance, width)
         mode = distance.clamp(min=0)
-        kl = torch.log(width) - log_integral_value(distance, width) - mode * mean - 0.5 * (mean**2 + var)
+        kl = torch.log(width) - log_integral - mode * mean - 0.5 * (mean**2 + var)
         to_far = width - mean + distance.clamp(max=0)
         pull = far_density * (1 + (mode + mean) * to_far + 0.5 * (to_far**2 - var))
         grad_width = 1 / width - torch.where(far_density > 0, pull, 0.0)

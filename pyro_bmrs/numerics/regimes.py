@@ -30,15 +30,17 @@ _FAR = 40.0  # normal tails beyond this are zero in float64
 
 
 class Cumulants(NamedTuple):
-    """Cumulants of a Gaussian on an interval, in units of its scale (all of broadcast shape).
+    """Integral and cumulants of a Gaussian on an interval, in units of its scale (all of broadcast shape).
 
     Attributes:
+        log_integral: Log integral of the Gaussian whose height is 1 at its mode.
         mean: Mean displacement from the mode, positive towards the far bound.
         variance: Variance.
         third: Third cumulant, positive where the tail points to the far bound.
         far_density: Density at the far bound.
     """
 
+    log_integral: Tensor
     mean: Tensor
     variance: Tensor
     third: Tensor
@@ -57,18 +59,23 @@ def log_integral_value(distance: Tensor, width: Tensor) -> Tensor:
 
 
 def cumulants(distance: Tensor, width: Tensor) -> Cumulants:
-    regimes = zip(
-        _narrow_cumulants(distance, width),
-        _interior_cumulants(distance, width),
-        _tail_cumulants(distance, width),
-        strict=True,
-    )
-    return Cumulants(*(_select(distance, width, *values) for values in regimes))
+    narrow, inside = _is_narrow(distance, width), distance < 0
+    found = _interior_cumulants(distance, width)
+    for where, regime in ((~narrow & ~inside, _tail_cumulants), (narrow, _narrow_cumulants)):
+        if may_occur(where):
+            here = regime(distance, width)
+            found = Cumulants(*(torch.where(where, a, b) for a, b in zip(here, found, strict=True)))
+    return found
 
 
 def may_occur(regime: Tensor) -> bool:
-    """Return whether a rare regime is worth computing: always where finding out would stall the device."""
-    return regime.is_cuda or bool(regime.any())
+    """Return whether a regime is worth computing: always where that cannot be asked, or would stall the device."""
+    if regime.is_cuda:
+        return True
+    try:
+        return bool(regime.any())
+    except RuntimeError:  # under vmap
+        return True
 
 
 def _is_narrow(distance: Tensor, width: Tensor) -> Tensor:
@@ -136,9 +143,11 @@ def _narrow_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     mean = (masses * nodes).sum(-1)
     offsets = nodes - mean.unsqueeze(-1)
     spread = masses * offsets * offsets
-    half = 0.5 * width
+    half, inside = 0.5 * width, distance.clamp(max=0)
+    drop = (inside + half) * (distance.clamp(min=0) + 0.5 * (inside + half))
     return Cumulants(
-        mean=half * (1 + mean) + distance.clamp(max=0),
+        log_integral=torch.log(width * total) - drop,
+        mean=half * (1 + mean) + inside,
         variance=half**2 * spread.sum(-1),
         third=half**3 * (spread * offsets).sum(-1),
         far_density=torch.exp(-slope - curvature) / (total * width),
@@ -147,21 +156,31 @@ def _narrow_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
 
 def _interior_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     near, far = distance.clamp(-_FAR, 0), (distance + width).clamp(max=_FAR)
-    mass = 1 - (ndtr(near) + ndtr(-far))
+    outside = ndtr(near) + ndtr(-far)
+    mass = 1 - outside
     near_density, far_density = _normal_density(near) / mass, _normal_density(far) / mass
     mean = near_density - far_density
     var = 1 + near * near_density - far * far_density - mean**2
     third = 2 * mean + near**2 * near_density - far**2 * far_density - 3 * mean * var - mean**3
-    return Cumulants(mean, var, third, far_density)
+    return Cumulants(torch.log1p(-outside) + LOG_SQRT_2PI, mean, var, third, far_density)
+
+
+class _Tail(NamedTuple):
+    """Cumulants of a standard normal beyond a point, measured from there."""
+
+    mean: Tensor
+    variance: Tensor
+    third: Tensor
 
 
 def _tail_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     """Cumulants of the tail beyond the near bound, less the share of the tail beyond the far one."""
     distance = distance.clamp(min=0)
-    near_mills = mills(distance)
-    ratio = tail_ratio(distance, width, near_mills)
-    both = _untruncated_tail(torch.stack([distance, distance + width]))
-    near, beyond = (Cumulants(*(value[i] for value in both)) for i in range(2))
+    ends = torch.stack([distance, distance + width])
+    mills_at_ends = mills(ends)
+    near, beyond = (_Tail(*values) for values in zip(*_untruncated_tail(ends, mills_at_ends), strict=True))
+    density_ratio = torch.exp(-width * (distance + 0.5 * width))
+    ratio = density_ratio * mills_at_ends[1] / mills_at_ends[0]
     kept = 1 / (1 - ratio)
     lost = ratio * kept
     # Where nothing lies beyond the far bound its moments do not matter, and may overflow.
@@ -172,12 +191,12 @@ def _tail_cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     third = kept * (near.third + 3 * near.variance * from_near + from_near**3) - torch.where(
         lost > 0, lost * (beyond.third + 3 * beyond.variance * from_beyond + from_beyond**3), 0.0
     )
-    far_density = torch.exp(-width * (distance + 0.5 * width)) / near_mills * kept
-    return Cumulants(mean, var, third, far_density)
+    log_integral = torch.log(mills_at_ends[0]) + torch.log1p(-ratio)
+    return Cumulants(log_integral, mean, var, third, density_ratio / mills_at_ends[0] * kept)
 
 
-def _untruncated_tail(start: Tensor) -> Cumulants:
-    """Cumulants of a standard normal beyond ``start`` >= 0, measured from ``start``.
+def _untruncated_tail(start: Tensor, mills_at_start: Tensor) -> _Tail:
+    """Cumulants of a standard normal beyond ``start`` >= 0, measured from there.
 
     The mean excess is D = 1/(start + E), E = 2/(start + F), F = 3/(start + ...): Laplace's continued fraction
     of the Mills ratio; variance D(E - D) and third cumulant D(2D^2 - 3DE + EF) follow from D' = D(D - E),
@@ -190,9 +209,9 @@ def _untruncated_tail(start: Tensor) -> Cumulants:
     e_far = 2 / (far + f_far)
     d_far = 1 / (far + e_far)
     near = start.clamp(max=CONTINUED_FRACTION_FROM)
-    d_near = 1 / mills(near) - near
+    d_near = 1 / mills_at_start - near
     e_near = 1 / d_near - near
     f_near = 2 / e_near - near
     is_near = start < CONTINUED_FRACTION_FROM
     d, e, f = (torch.where(is_near, a, b) for a, b in ((d_near, d_far), (e_near, e_far), (f_near, f_far)))
-    return Cumulants(d, d * (e - d), d * (2 * d * d - 3 * d * e + e * f), torch.zeros_like(d))
+    return _Tail(d, d * (e - d), d * (2 * d * d - 3 * d * e + e * f))
