@@ -62,8 +62,8 @@ class _Quantile(torch.autograd.Function):
         drop_far = (0.5 * (distance + width - outside) * (distance + width + outside)).to(loc)
         drop = step * torch.add(outside.to(loc), step, alpha=0.5)  # log density at the mode less that at x
         largest = 80.0 if loc.dtype == torch.float32 else 700.0  # exponents within it neither overflow nor underflow
-        pull_near = (drop - drop_near).clamp_(-largest, largest).exp_().mul_(1 - from_near).clamp_(0, 1)
-        pull_far = (drop - drop_far).clamp_(-largest, largest).exp_().mul_(from_near).clamp_(0, 1)
+        pull_near = (drop - drop_near).clamp(-largest, largest).exp_().mul_(1 - from_near).clamp(0, 1)
+        pull_far = (drop - drop_far).clamp(-largest, largest).exp_().mul_(from_near).clamp(0, 1)
         pull = pull_near + pull_far
         # What the parameters share is taken out of the sums over draws.
         pulled, free, far, steps = (
