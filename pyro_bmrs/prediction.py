@@ -43,7 +43,7 @@ def predict(
     try:
         model.eval()
         with torch.no_grad(), fix_noise(values):
-            net = model._modules["net"]
+            net = model.net
             batches = x.to(guide.device).split(batch_size)
             return torch.cat([functional_call(net, kept, (batch,)) for batch in batches])
     finally:

@@ -46,7 +46,7 @@ def compact(
         RuntimeError: If the smaller network's outputs differ from the masked one's on ``example_input``.
     """
     masks = check_masks(model, masks)
-    source = model._modules["net"]
+    source = model.net
     example_input = example_input.to(next(source.parameters()).device)
     structures = find_structures(source, example_input[:2])
     net, located = scaled_copy(source, {site: mean * masks[site] for site, mean in guide.mean().items()})

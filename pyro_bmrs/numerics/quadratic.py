@@ -11,6 +11,7 @@ from pyro_bmrs.numerics.regimes import integral_over_uniform, may_occur
 
 __all__ = ["dawson", "log_quadratic_integral"]
 
+_ASYMPTOTIC_FROM = 1e4  # where three terms of Dawson's asymptotic series are exact
 _STRAIGHT = 1e-12  # relative curvature of an exponent over the interval, below which it is a straight line
 
 
@@ -75,15 +76,18 @@ class _Dawson(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         step = 0.2
-        near, far = x.clamp(-3, 3), torch.where(x.abs() > 3, x, 3.0)
+        near, beyond = x.clamp(-3, 3), x.abs() > _ASYMPTOTIC_FROM
+        middle = torch.where((x.abs() > 3) & ~beyond, x, 3.0)
         small, large = torch.zeros_like(x), torch.zeros_like(x)
-        centre = 2 * torch.round(0.5 * far / step)
-        offset = far - centre * step
+        centre = 2 * torch.round(0.5 * middle / step)
+        offset = middle - centre * step
         for n in range(1, 48, 2):
             small = small + 2 * math.exp(-((n * step) ** 2)) * torch.sinh(2 * n * step * near) / n
             for m in (n, -n):
                 large = large + torch.exp(-((offset - m * step) ** 2)) / (centre + m)
-        return torch.where(x.abs() > 3, large, torch.exp(-near * near) * small) / math.sqrt(math.pi)
+        sampled = torch.where(x.abs() > 3, large, torch.exp(-near * near) * small) / math.sqrt(math.pi)
+        inverse = 0.5 / torch.where(beyond, x, 1.0)
+        return torch.where(beyond, inverse * (1 + 2 * inverse**2 + 12 * inverse**4), sampled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -92,4 +96,6 @@ class _Dawson(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, value = ctx.saved_tensors
-        return (1 - 2 * x * value) * grad
+        beyond = x.abs() > 100  # where the difference would cancel
+        inverse = torch.where(beyond, x, 1.0) ** -2
+        return torch.where(beyond, -0.5 * inverse * (1 + 1.5 * inverse + 3.75 * inverse**2), 1 - 2 * x * value) * grad
