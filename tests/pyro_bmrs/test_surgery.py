@@ -112,3 +112,11 @@ def test_a_fresh_process_reloads_it(name, tmp_path):
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     found = torch.load(tmp_path / "y.pt", weights_only=True)
     torch.testing.assert_close(found, bmrs.predict(model, guide, x, masks), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_float64_the_two_networks_agree_to_rounding(name):
+    model, guide, x = build(name, dtype=torch.float64)
+    masks = random_masks(model)
+    small = bmrs.compact(model, guide, masks, x[:3])
+    torch.testing.assert_close(small(x), bmrs.predict(model, guide, x, masks), rtol=1e-12, atol=1e-12)
