@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures import Structures, find_structures
 
 __all__ = ["cost_log_odds", "count_flops", "count_parameters", "measure_latency", "removed_positions"]
@@ -47,7 +48,6 @@ def removed_positions(
     removed: dict[tuple[str, str], Tensor] = {}
     for site, parts in structures.items():
         gone = ~masks[site].cpu()
-        gone = gone.clone()
         gone[0] &= not bool(gone.all())
         gone = torch.cat([gone, torch.tensor([False])])  # index -1: positions that belong to no structure stay
         for axis in parts.axes:
@@ -58,13 +58,13 @@ def removed_positions(
 
 def count_flops(net: nn.Module, example_input: Tensor) -> int:
     """Return the floating-point operations of one forward pass over ``example_input`` (2 a multiply-add)."""
-    training = net.training
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net.eval()(example_input)
-        return counter.get_total_flops()
-    finally:
-        net.train(training)
+    return _run_counter(net, example_input).get_total_flops()
+
+
+def _run_counter(net: nn.Module, example_input: Tensor) -> FlopCounterMode:
+    with evaluating(net), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(example_input)
+    return counter
 
 
 def cost_log_odds(
@@ -111,12 +111,8 @@ def _parameters_by_side(net: nn.Module) -> Callable[[str, str], int]:
 
 def _flops_by_side(net: nn.Module, example_input: Tensor) -> Callable[[str, str], int]:
     """Return a layer's operations, which its outputs and its inputs own alike."""
-    training = net.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.eval()(example_input[:1])
-    net.train(training)
-    # The counter's names start with the network's own class.
-    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    counts = _run_counter(net, example_input[:1]).get_flop_counts()
+    flops = {name.partition(".")[2]: sum(each.values()) for name, each in counts.items()}  # names start with the class
     return lambda name, _: flops.get(name, 0)
 
 

@@ -65,13 +65,18 @@ class Criterion:
         """Return a tensor of shape ``(size,)`` for each site; higher = remove first."""
         raise NotImplementedError
 
-    def supported(self, context: PruningContext) -> Scores:
+    def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return for each site which of the remaining structures the criterion would remove, as bool tensors.
 
         A score that is not a number never removes anything.
+
+        Args:
+            context: What to judge.
+            scores: The criterion's scores of it, if they are known already.
         """
+        scores = self.scores(context) if scores is None else scores
         masks = context.model.masks
-        return {site: (score >= 0) & masks[site] for site, score in self.scores(context).items()}
+        return {site: (score >= 0) & masks[site] for site, score in scores.items()}
 
 
 @dataclass(frozen=True)
@@ -151,31 +156,40 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
 
 
 @dataclass(frozen=True)
-class SNR(Criterion):
-    """Remove where the posterior's mean over standard deviation is at most ``threshold`` (Neklyudov et al., 2017)."""
+class _ThresholdCriterion(Criterion):
+    """Remove where a positive statistic of the posterior is at most ``threshold``."""
 
-    threshold: float = 1.0
+    threshold: float
+
+    def statistic(self, posterior: Any) -> Tensor:
+        raise NotImplementedError
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
         return {
-            site: math.log(self.threshold) - torch.log(signal_to_noise(posterior))
+            site: math.log(self.threshold) - torch.log(self.statistic(posterior))
             for site, posterior in context.guide.posterior().items()
         }
 
 
 @dataclass(frozen=True)
-class PosteriorMean(Criterion):
+class SNR(_ThresholdCriterion):
+    """Remove where the posterior's mean over standard deviation is at most ``threshold`` (Neklyudov et al., 2017)."""
+
+    threshold: float = 1.0
+
+    def statistic(self, posterior: Any) -> Tensor:
+        return signal_to_noise(posterior)
+
+
+@dataclass(frozen=True)
+class PosteriorMean(_ThresholdCriterion):
     """Remove where the posterior mean of the noise is at most ``threshold``."""
 
     threshold: float = 0.1
 
-    @torch.no_grad()
-    def scores(self, context: PruningContext) -> Scores:
-        return {
-            site: math.log(self.threshold) - torch.log(posterior.mean)
-            for site, posterior in context.guide.posterior().items()
-        }
+    def statistic(self, posterior: Any) -> Tensor:
+        return posterior.mean
 
 
 @dataclass(frozen=True)
@@ -188,14 +202,15 @@ class RankingCriterion(Criterion):
 
     match: Criterion = BMRS_N()
 
-    def supported(self, context: PruningContext) -> Scores:
+    def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return the fewest highest-scoring structures whose removal leaves no more parameters than ``match`` would."""
         masks = context.model.masks
         matched = self.match.supported(context)
         target = _parameters_without(context, matched)
         flat_keep = torch.cat(list(masks.values()))
-        scores = torch.cat(list(self.scores(context).values())).masked_fill(~flat_keep, -math.inf)
-        order = scores.nan_to_num(nan=-math.inf).argsort(descending=True)
+        scores = self.scores(context) if scores is None else scores
+        flat = torch.cat(list(scores.values())).masked_fill(~flat_keep, -math.inf)
+        order = flat.nan_to_num(nan=-math.inf).argsort(descending=True)
 
         def first(count: int) -> Scores:
             chosen = torch.zeros_like(flat_keep)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.modes import evaluating
 
 __all__ = ["Data", "check_data", "check_observations"]
 
@@ -32,12 +33,9 @@ def check_data(data: Data, name: str) -> tuple[Tensor, Tensor]:
     if len(x) == 0:
         raise ValueError(f"{name} is empty: inputs have shape {tuple(x.shape)}")
     for part, tensor in (("input", x), ("observation", y)):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            row = (
-                int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
-                if tensor.dim() > 1
-                else int((~torch.isfinite(tensor)).nonzero()[0])
-            )
+        bad_rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero()
+        if len(bad_rows):
+            row = int(bad_rows[0])
             raise ValueError(f"{name} has a NaN or infinite {part} in row {row}; remove or impute such rows first")
     return x, y
 
@@ -45,11 +43,8 @@ def check_data(data: Data, name: str) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless the network takes ``x`` and every observation lies in its likelihood's support."""
-    training = model.training
-    try:
-        output = model.eval().net(x[:1])
-    finally:
-        model.train(training)
+    with evaluating(model):
+        output = model.net(x[:1])
     observed = model.likelihood(output.expand(len(y), *output.shape[1:]))
     if isinstance(observed, Categorical) and y.is_floating_point():
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.modes import evaluating
 from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
 
 __all__ = ["Granularity", "MeanFieldELBO"]
@@ -131,13 +132,11 @@ def _element_shapes(model: NoisyNetwork, x: Tensor) -> dict[str, tuple[int, ...]
         shapes[layer.site or ""] = tuple(inputs[0].movedim(layer.dim, -1).shape[:-1])
 
     handles = [layer.register_forward_pre_hook(record) for layer in model.noise.values()]
-    training = model.training
+    zeros = {site: torch.zeros(size).to(x) for site, size in model.sizes.items()}
     try:
-        model.eval()
-        with torch.no_grad(), fix_noise({site: torch.zeros(n).to(x) for site, n in model.sizes.items()}):
+        with evaluating(model), torch.no_grad(), fix_noise(zeros):
             model.net(x)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return shapes

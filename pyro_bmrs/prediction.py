@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.modes import evaluating
 from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
 
 __all__ = ["check_masks", "predict"]
@@ -39,15 +40,9 @@ def predict(
     masks = check_masks(model, masks)
     kept = {f"{name}.keep": torch.ones_like(layer.keep) for name, layer in _layer_names(model).items()}
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad(), fix_noise(values):
-            net = model.net
-            batches = x.to(guide.device).split(batch_size)
-            return torch.cat([functional_call(net, kept, (batch,)) for batch in batches])
-    finally:
-        model.train(training)
+    batches = x.to(guide.device).split(batch_size)
+    with evaluating(model), torch.no_grad(), fix_noise(values):
+        return torch.cat([functional_call(model.net, kept, (batch,)) for batch in batches])
 
 
 def _layer_names(model: NoisyNetwork) -> dict[str, MultiplicativeNoise]:

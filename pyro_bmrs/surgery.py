@@ -106,7 +106,7 @@ def _fold(net: nn.Module, name: str, parts: Structures, mask: Tensor) -> nn.Modu
         if producer.bias is not None:
             producer.bias.mul_(scale)
     elif parts.consumers is not None:
-        for axis in parts.side("in"):
+        for axis in (axis for axis in parts.side("in") if axis.module in parts.consumers):
             consumer: Any = net.get_submodule(axis.module)
             index = axis.index.to(scale.device)
             factors = torch.where(index >= 0, scale[index], 1.0)

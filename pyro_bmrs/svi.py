@@ -117,7 +117,7 @@ def fit(
     cosine to zero: the weights' over all epochs, the posterior's over those with noise.
 
     Args:
-        model: The model; its ``num_data`` is filled in if None. Fitted in place.
+        model: The model; its ``num_data`` is filled in if None. Fitted in place, and left in eval mode.
         guide: Its guide. Fitted in place.
         train: Inputs ``(n, ...)`` and observations ``(n, ...)``, as a pair of tensors or a ``TensorDataset``.
         validation: The same, to report on after every epoch; never used to decide anything.
@@ -190,6 +190,7 @@ def fit(
                     history.record("post-training", trainer.fine_tune_epoch(), level=level, removed=removed)
         for _ in range(fine_tune_epochs):
             history.record("fine-tune", trainer.fine_tune_epoch())
+    model.eval()
     return FitResult(model.masks, pruner.scores, history.entries, time.perf_counter() - started)
 
 
@@ -238,17 +239,17 @@ class _Pruner:
         """Remove what the criterion supports removing."""
         if self.criterion is not None:
             context = self._context()
-            supported = self.criterion.supported(context)
-            self._note(self.criterion.scores(context))
-            self._remove(supported)
+            scores = self.criterion.scores(context)
+            self._note(scores)
+            self._remove(self.criterion.supported(context, scores))
 
     def remove_by_levels(self, schedule: PostTraining) -> Iterator[tuple[float, int]]:
         """Remove the highest scores first, and yield each level and the number removed once it is reached."""
         if self.criterion is None:
             return
         context = self._context()
-        supported = torch.cat(list(self.criterion.supported(context).values()))
         scores = self.criterion.scores(context)
+        supported = torch.cat(list(self.criterion.supported(context, scores).values()))
         self._note(scores)
         flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
         by_score = flat.argsort(descending=True)

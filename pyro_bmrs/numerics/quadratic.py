@@ -53,8 +53,7 @@ def _log_dome_integral(slope: Tensor, width: Tensor) -> Tensor:
     narrow_width = torch.where(is_narrow, width, 0.5)
     tilt = torch.where(is_narrow, 0.5 * width * (slope - 0.5 * width), 0.25)
     mean = integral_over_uniform(tilt, -(narrow_width**2) / 8)
-    narrow = torch.log(narrow_width) + torch.log1p(mean) - 0.5 * narrow_width * (tilt * 2 / narrow_width)
-    narrow = narrow - narrow_width**2 / 8
+    narrow = torch.log(narrow_width) + torch.log1p(mean) - tilt - narrow_width**2 / 8
     wide_slope, wide_width = torch.where(is_narrow, 2.0, slope), torch.where(is_narrow, 2.0, width)
     drop = torch.exp(-wide_width * (wide_slope - 0.5 * wide_width))
     far = dawson((wide_slope - wide_width) / math.sqrt(2))

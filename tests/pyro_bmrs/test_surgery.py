@@ -120,3 +120,25 @@ def test_in_float64_the_two_networks_agree_to_rounding(name):
     masks = random_masks(model)
     small = bmrs.compact(model, guide, masks, x[:3])
     torch.testing.assert_close(small(x), bmrs.predict(model, guide, x, masks), rtol=1e-12, atol=1e-12)
+
+
+class TwoHeads(nn.Module):
+    """One head sees the noise and the other does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.noise = nn.Linear(3, 4), bmrs.MultiplicativeNoise(4)
+        self.noisy, self.plain = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.stem(x)
+        return self.noisy(self.noise(h)) + self.plain(h)
+
+
+def test_noise_is_folded_into_those_that_see_it_and_shared_structures_stay():
+    model = bmrs.NoisyNetwork(TwoHeads())
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-1.0)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(bmrs.compact(model, guide, None, x)(x), bmrs.predict(model, guide, x))
+    with pytest.raises(ValueError, match="layer 'plain' consumes cannot go"):
+        bmrs.compact(model, guide, {"noise.theta": torch.tensor([True, False, True, True])}, x)
