@@ -174,6 +174,7 @@ def plot_evidence_snr(
     ax.axvline(1.0, color="black", linewidth=1, linestyle=":")
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(top=2 * max(1.0, *(float(values.max()) for values in delta_f.values())))
     ax.set_xlabel("signal-to-noise ratio, mean / standard deviation (log scale)")
     ax.set_ylabel(_DELTA_F)
     ax.set_title("dashed: evidence decision line, dotted: SNR = 1", fontsize=9)
