@@ -59,8 +59,13 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         """Return the loss as a tensor of shape ``()`` to call ``backward`` on."""
         if not isinstance(guide, FlatGuide):
             return super().differentiable_loss(model, guide, *args, **kwargs)
+        kl, log_likelihood = self.terms(model, guide, *args, **kwargs)
+        return model.kl_weight * kl - log_likelihood
+
+    def terms(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the unweighted KL and the expected log likelihood of the whole data set, each of shape ``()``."""
         particles = [self._particle(model, guide, *args, **kwargs) for _ in range(self.num_particles)]
-        return model.kl_weight * guide.kl() - sum(particles) / self.num_particles
+        return guide.kl(), torch.stack(particles).mean()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Accumulate gradients and return the loss; this is what ``SVI.step`` calls."""

@@ -1,0 +1,64 @@
+"""What a training step minimises: one module for each phase of a fit, from a batch to a scalar."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.elbo import MeanFieldELBO
+from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.noise import fix_noise
+
+__all__ = ["FixedNoiseObjective", "NoisyObjective"]
+
+
+class NoisyObjective(nn.Module):
+    r"""The negative ELBO of a batch, in nats an example: :math:`(\lambda\, KL - \frac{N}{B} \sum_i \log p_i) / N`.
+
+    A module whose parameters are all that a step trains, weights and posterior, and whose forward is all that it
+    computes: this is what is wrapped for several devices, compiled, captured or mapped over seeds.
+
+    Args:
+        model: The model, its ``num_data`` known.
+        guide: Its guide.
+        elbo: How noise is drawn.
+    """
+
+    def __init__(self, model: NoisyNetwork, guide: FlatGuide, elbo: MeanFieldELBO) -> None:
+        super().__init__()
+        self.model, self.guide, self.elbo = model, guide, elbo
+
+    def forward(self, x: Tensor, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
+        r"""Return the loss of a batch, of shape ``()``.
+
+        Args:
+            x: Inputs, of shape ``(batch, ...)``.
+            y: Observations, of shape ``(batch, ...)``.
+            kl_weight: :math:`\lambda` of this step.
+            share: Size of this batch over the mean size of those whose losses will be averaged with it.
+        """
+        kl, log_likelihood = self.elbo.terms(self.model, self.guide, x, y)
+        return (kl_weight * kl - share * log_likelihood) / self.model.num_data
+
+
+class FixedNoiseObjective(nn.Module):
+    r"""The negative log likelihood of a batch, in nats an example, with every :math:`\theta` at a fixed value.
+
+    Args:
+        model: The model; its parameters are all that is trained.
+        values: For each site a tensor of shape ``(size,)``.
+    """
+
+    def __init__(self, model: NoisyNetwork, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.sites = list(values)
+        for i, value in enumerate(values.values()):
+            self.register_buffer(f"theta{i}", value.detach().clone(), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
+        """Return the loss of a batch, of shape ``()``; ``kl_weight`` has nothing to weigh."""
+        values = {site: self.get_buffer(f"theta{i}") for i, site in enumerate(self.sites)}
+        with fix_noise(values):
+            return -share * self.model.likelihood(self.model.net(x)).log_prob(y).mean()
