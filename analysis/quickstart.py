@@ -19,7 +19,7 @@ from analysis.dense import train_dense
 from analysis.run import draw_figures, evaluate, format_table, metrics_writer, save_run
 from models import lenet5, mlp
 from pyro_bmrs.io import write_json
-from pyro_bmrs.svi import resolve_device
+from pyro_bmrs.devices import resolve_device
 
 __all__ = ["Quickstart", "main"]
 

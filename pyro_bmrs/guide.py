@@ -15,8 +15,9 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
 
-__all__ = ["LOG_SCALE_RANGE", "FlatGuide", "TruncatedLogNormalGuide"]
+__all__ = ["LOC_RANGE", "LOG_SCALE_RANGE", "FlatGuide", "TruncatedLogNormalGuide"]
 
+LOC_RANGE = (-1000.0, 1000.0)  # beyond, nothing that a posterior can say changes, and float32 runs out of digits
 LOG_SCALE_RANGE = (-20.0, 5.0)
 
 
@@ -70,6 +71,9 @@ class FlatGuide(PyroModule):
     def flat_posterior(self) -> TorchDistribution:
         """Return the posterior over all structures, of ``batch_shape`` ``(structures,)``."""
         return self.family()
+
+    def project_(self) -> None:
+        """Bring parameters back, in place, into the range that the family documents; called after every step."""
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Split ``(..., structures)`` into one ``(..., size)`` a site."""
@@ -146,7 +150,7 @@ class TruncatedLogNormalGuide(FlatGuide):
         init_log_scale: Initial log standard deviation of :math:`\log\theta`.
 
     Attributes:
-        loc: Parameter of shape ``(structures,)``, any real number.
+        loc: Parameter of shape ``(structures,)``; fitting keeps it within ``LOC_RANGE``.
         log_scale: Parameter of shape ``(structures,)``, used clamped to ``LOG_SCALE_RANGE``.
 
     Raises:
@@ -168,6 +172,11 @@ class TruncatedLogNormalGuide(FlatGuide):
         self.register_buffer("log_high", torch.cat([prior.log_high for prior in priors]))
         self.loc = nn.Parameter(torch.full_like(self.log_low, init_loc))
         self.log_scale = nn.Parameter(torch.full_like(self.log_low, init_log_scale))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        self.loc.clamp_(*LOC_RANGE)
+        self.log_scale.clamp_(*LOG_SCALE_RANGE)
 
     def family(self, index: slice | Tensor = slice(None)) -> TruncatedLogNormal:
         scale = torch.exp(self.log_scale[index].clamp(*LOG_SCALE_RANGE))

@@ -212,8 +212,8 @@ def test_arguments_that_do_not_fit_are_refused(change, error, message):
 
 def test_the_device_is_chosen():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert bmrs.svi.resolve_device("auto").type == expected
-    assert bmrs.svi.resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == expected
+    assert resolve_device("cpu").type == "cpu"
 
 
 @pytest.mark.gpu
