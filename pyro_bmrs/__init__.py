@@ -46,6 +46,7 @@ from pyro_bmrs.noise import MultiplicativeNoise
 from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.prediction import predict
 from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial
+from pyro_bmrs.shrink import shrink
 from pyro_bmrs.structures import ChannelScale, find_structures
 from pyro_bmrs.surgery import compact
 from pyro_bmrs.svi import Continuous, FitResult, PostTraining, fit
@@ -110,6 +111,7 @@ __all__ = [
     "register_exponential_family",
     "register_reduced_posterior",
     "save",
+    "shrink",
     "spike",
     "to_arviz",
 ]
