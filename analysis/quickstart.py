@@ -16,10 +16,10 @@ from torch import nn
 import pyro_bmrs as bmrs
 from analysis.data import digits
 from analysis.dense import train_dense
-from analysis.run import draw_figures, evaluate, format_table, metrics_writer, save_run
+from analysis.run import draw_figures, evaluate, format_table, save_run
 from models import lenet5, mlp
-from pyro_bmrs.io import write_json
 from pyro_bmrs.devices import resolve_device
+from pyro_bmrs.io import write_json
 
 __all__ = ["Quickstart", "main"]
 
@@ -87,7 +87,7 @@ def main(config: Quickstart) -> dict[str, object]:
         device=config.device,
         seed=config.seed,
         progress=config.progress,
-        on_epoch=metrics_writer(folder),
+        folder=folder,
     )
 
     print(f"dense {config.network}, without noise, {config.epochs + config.fine_tune_epochs} epochs ...", flush=True)

@@ -1,9 +1,7 @@
 """One run: what it measured, the folder that keeps it, and the table a person reads."""
 
-import json
 import os
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from analysis.data import Split
 from analysis.dense import accuracy
 from pyro_bmrs.io import write_json
 
-__all__ = ["draw_figures", "evaluate", "format_table", "metrics_writer", "save_run"]
+__all__ = ["draw_figures", "evaluate", "format_table", "save_run"]
 
 _LATENCY_BATCH = 128
 
@@ -68,18 +66,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.machine()}, {os.cpu_count()} cores"
-
-
-def metrics_writer(folder: Path) -> Callable[[dict[str, Any]], None]:
-    """Return a callback that appends each epoch's record to ``metrics.jsonl``."""
-    path = folder / "metrics.jsonl"
-    path.write_text("", encoding="utf-8")
-
-    def write(record: dict[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    return write
 
 
 def save_run(

@@ -110,6 +110,22 @@ class FlatGuide(PyroModule):
             total = total + (divergence * keep[selected]).sum()
         return total
 
+    def select(self, kept: Tensor) -> None:
+        """Become the guide of the structures at ``kept`` of the flat vectors, in place, as the noise layers have.
+
+        Parameters stay the same objects. Buffers of a subclass count as one entry a structure if their first dimension
+        has that size.
+        """
+        structures = sum(self.sizes.values())
+        for parameter in self.parameters():
+            parameter.data = parameter.data[kept]
+            parameter.grad = None
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.shape[:1] == (structures,):
+                setattr(self, name, buffer[kept])
+        self.sizes = self._model[0].sizes
+        self._prior_groups = self._group_priors()
+
     def _group_priors(self) -> list[tuple[type[TorchDistribution], str | None, dict[str, str]]]:
         """Store the priors' parameters as one buffer for each type of prior, and return how to find them."""
         priors = self.prior()
@@ -126,7 +142,7 @@ class FlatGuide(PyroModule):
             if len(kinds) > 1:
                 index = f"_prior{i}_index"
                 of_kind = torch.isin(site_of, torch.tensor(members))
-                self.register_buffer(index, of_kind.nonzero().squeeze(1), persistent=False)
+                self.register_buffer(index, of_kind.nonzero().squeeze(1).to(self.keep.device), persistent=False)
             groups.append((kind, index, names))
         return groups
 

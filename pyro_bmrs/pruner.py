@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,5 +163,3 @@ class Pruner:
                     stacklevel=4,
                 )
         return counts
-
-

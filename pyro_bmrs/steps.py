@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -27,20 +28,23 @@ def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fa
     needs_fabric = fabric.world_size > 1 or "mixed" in fabric.strategy.precision.precision
     if compiled and needs_fabric:
         warnings.warn(
-            "steps are not compiled: a compiled step runs in one process and without mixed precision; going on uncompiled",
+            "going on uncompiled: a compiled step runs in one process and without mixed precision",
             RuntimeWarning,
             stacklevel=2,
         )
     elif compiled:
         return _compiled(objective, optimizer, fabric.device)
-    if not needs_fabric:
-        return _eager(objective, optimizer, torch.Tensor.backward, objective)
-    return _eager(fabric.setup_module(objective), fabric.setup_optimizers(optimizer), fabric.backward, objective)
+    if not needs_fabric:  # its wrappers would do nothing, and take their time
+        return _eager(objective, optimizer, Tensor.backward)
+    wrapped: Any = fabric.setup_optimizers(optimizer)
+    return _eager(fabric.setup_module(objective), wrapped, fabric.backward)
 
 
-def _eager(
-    forward: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None], objective: nn.Module
-) -> Step:
+def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
+    raise NotImplementedError
+
+
+def _eager(forward: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> Step:
     def step(x: Tensor, y: Tensor, kl_weight: float, share: float) -> Tensor:
         optimizer.zero_grad()
         loss = forward(x, y, kl_weight, share)

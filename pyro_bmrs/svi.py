@@ -33,6 +33,7 @@ from pyro_bmrs.training import Trainer
 __all__ = ["FitResult", "fit"]
 
 DEFAULT_CRITERION = BMRS_N(prior_log_odds=math.log(3))
+DEFAULT_PRUNING = Continuous()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def fit(
     validation: Data | None = None,
     *,
     criterion: Criterion | None = DEFAULT_CRITERION,
-    pruning: Continuous | PostTraining = Continuous(),
+    pruning: Continuous | PostTraining = DEFAULT_PRUNING,
     epochs: int = 30,
     fine_tune_epochs: int = 10,
     batch_size: int = 128,

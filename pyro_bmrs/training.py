@@ -2,6 +2,7 @@
 
 import math
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -84,10 +85,9 @@ class Trainer:
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{name}"] = value
         tensors["order"] = self.order.get_state()
-        tensors["random"] = self.fabric.all_gather(torch.get_rng_state()).reshape(self.fabric.world_size, -1)
+        tensors["random"] = self._of_all_processes(torch.get_rng_state())
         if self.fabric.device.type == "cuda":
-            state = torch.cuda.get_rng_state(self.fabric.device)
-            tensors["random_cuda"] = self.fabric.all_gather(state).reshape(self.fabric.world_size, -1)
+            tensors["random_cuda"] = self._of_all_processes(torch.cuda.get_rng_state(self.fabric.device))
         return State(tensors, info)
 
     def restore(self, state: State) -> None:
@@ -107,6 +107,11 @@ class Trainer:
         torch.set_rng_state(state.tensors["random"][rank].cpu())
         if "random_cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["random_cuda"][rank].cpu(), self.fabric.device)
+
+    def _of_all_processes(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes, stacked."""
+        gathered: Any = self.fabric.all_gather(tensor)
+        return gathered.reshape(self.fabric.world_size, *tensor.shape)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -150,7 +155,7 @@ class Trainer:
                 losses = []
         if culprits := self._non_finite_tensors():
             raise FloatingPointError(f"a parameter stopped being finite by step {self.step - 1}: {_list(culprits)}")
-        return float(self.fabric.all_reduce(total / self.steps_per_epoch, reduce_op="mean"))
+        return float(self._of_all_processes(total / self.steps_per_epoch).mean())
 
     def _fetch(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return this process's share of a batch, on its device."""
@@ -159,7 +164,7 @@ class Trainer:
         return to_input(x), y
 
     def _share(self, batch: Tensor) -> float:
-        """Return the size of this process's part of a batch over the mean part, so that the mean loss is the batch's."""
+        """Return the size of this process's part of a batch over the mean part, so that their losses average right."""
         world = self.fabric.world_size
         return len(batch.tensor_split(world)[self.fabric.global_rank]) * world / len(batch)
 

@@ -9,6 +9,7 @@ from nets import blobs, small_classifier
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.devices import resolve_device
 
 QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 
@@ -28,7 +29,12 @@ def test_history_and_masks_agree_with_the_surgery():
     x, y = blobs()
     model, guide = small_classifier()
     seen = []
-    result = bmrs.fit(model, guide, (x, y), (x, y), on_epoch=seen.append, **{**QUICK, "epochs": 30})
+
+    class Seen(bmrs.Callback):
+        def on_epoch_end(self, record):
+            seen.append(record)
+
+    result = bmrs.fit(model, guide, (x, y), (x, y), callbacks=[Seen()], **{**QUICK, "epochs": 30})
     small = bmrs.compact(model, guide, result.masks, x[:4])
     assert result.history == seen
     assert [entry["phase"] for entry in seen] == ["noisy"] * 30 + ["fine-tune"] * 2
@@ -179,7 +185,7 @@ def test_global_settings_are_left_alone():
 
 def test_weights_that_explode_stop_the_run():
     model, guide = small_classifier()
-    with pytest.raises(FloatingPointError, match=r"at step \d+; not finite: .*Lower lr"):
+    with pytest.raises(FloatingPointError, match=r"at step \d+: .* not finite\. Lower lr"):
         bmrs.fit(model, guide, blobs(), **{**QUICK, "lr": 1e30})
 
 
@@ -188,7 +194,7 @@ def test_activations_that_overflow_stop_the_run_and_name_the_site():
     model, guide = small_classifier()
     with torch.no_grad():
         model.net[0].weight.mul_(1e30)
-    with pytest.raises(FloatingPointError, match=r"at step 0; not finite: the input of site '2.theta'"):
+    with pytest.raises(FloatingPointError, match=r"at step 0: the input of site '2.theta' is not finite"):
         bmrs.fit(model, guide, (x * 1e20, y), **QUICK)
 
 
