@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,8 +71,11 @@ class JSONLines(Callback):
         self.path.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
 
     def on_epoch_end(self, record: Record) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk must not cost the run
+            warnings.warn(f"{self.path} cannot be written ({error}); the fit goes on", RuntimeWarning, stacklevel=2)
 
 
 class EnergyTracker(Callback):

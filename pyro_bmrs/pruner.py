@@ -160,6 +160,6 @@ class Pruner:
                     f"{site!r} has lost all its structures: the network's output no longer depends on what comes "
                     "before; lower model.kl_weight, or prune later",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=6,
                 )
         return counts
