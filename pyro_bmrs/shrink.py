@@ -29,6 +29,9 @@ def shrink(model: NoisyNetwork, guide: FlatGuide, optimizer: Optimizer, example_
     no layer produces one by one (pixels of a filter's map), those that share a layer's positions with structures which
     are kept, and the first of a layer that would lose all: layers cannot be empty.
 
+    "The same" is up to rounding, of which Adam makes whole steps where a gradient is nothing else: a bias in front of
+    batch normalisation drifts differently, which the loss does not feel, and running means follow it.
+
     Parameters stay the same objects with smaller data, and lose their gradients; what the optimiser remembers of them
     is cut alike. Whatever has recorded their sizes or addresses (a compiled or captured step, a DDP wrapper, a graph
     kept from an earlier loss) has to be made again.
