@@ -26,8 +26,11 @@ def shrink(model: NoisyNetwork, guide: FlatGuide, optimizer: Optimizer, example_
     That holds for a structure from which, with its noise at zero, nothing reaches the layers behind, whatever the
     weights. Others stay, masked: where ``f(0)`` of what stands behind the noise is not zero (a sigmoid), or may become
     so (batch normalisation), the next layer's weights for them are a bias that goes on learning. So do structures that
-    no layer produces (the network's inputs), those that share a layer's positions with structures which are kept,
-    and the first of a layer that would lose all: layers cannot be empty.
+    no layer produces one by one (pixels of a filter's map), those that share a layer's positions with structures which
+    are kept, and the first of a layer that would lose all: layers cannot be empty.
+
+    "The same" is up to rounding, of which Adam makes whole steps where a gradient is nothing else: a bias in front of
+    batch normalisation drifts differently, which the loss does not feel, and running means follow it.
 
     Parameters stay the same objects with smaller data, and lose their gradients; what the optimiser remembers of them
     is cut alike. Whatever has recorded their sizes or addresses (a compiled or captured step, a DDP wrapper, a graph

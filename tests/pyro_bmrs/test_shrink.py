@@ -268,15 +268,12 @@ def test_what_padding_hides_stays():
     check_net(net, (1, 6, 6), {"1.theta": [1, 2]}, {"1.theta": 4})
 
 
-def test_noise_on_what_no_layer_produces_stays():
-    def on_inputs():
-        return nn.Sequential(bmrs.MultiplicativeNoise(4), nn.Linear(4, 3))
-
-    def on_positions():  # of feature maps that a filter makes all at once
+def test_positions_that_a_filter_produces_all_at_once_stay():
+    def net():
         return nn.Sequential(nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Flatten(), bmrs.MultiplicativeNoise(6), nn.Linear(6, 3))
 
-    check_net(on_inputs, (4,), {"0.theta": [1]}, {"0.theta": 4})
-    check_net(on_positions, (1, 4), {"3.theta": [1, 4]}, {"3.theta": 6})
+    check_net(net, (1, 4), {"3.theta": [1, 4]}, {"3.theta": 6})
+    check_net(net, (1, 4), {"3.theta": [0, 1, 2]}, {"3.theta": 6})
 
 
 class TwoBranches(nn.Module):
@@ -300,6 +297,15 @@ def test_coupled_structures_go_when_all_of_them_do():
     everything = {"first.theta": [0, 1, 2, 3, 4], "second.theta": [0, 1, 2, 3, 4]}
     check_net(net, (4,), everything, {"first.theta": 1, "second.theta": 1})
     check_net(net, (4,), {"first.theta": [0, 1, 2, 3], "second.theta": [4]}, {"first.theta": 5, "second.theta": 5})
+
+
+def test_noise_on_noise_goes_when_both_do():
+    def net():
+        return nn.Sequential(
+            nn.Linear(4, 5), bmrs.MultiplicativeNoise(5), nn.Tanh(), bmrs.MultiplicativeNoise(5), nn.Linear(5, 3)
+        )
+
+    check_net(net, (4,), {"1.theta": [0, 1], "3.theta": [1, 2]}, {"1.theta": 4, "3.theta": 4})
 
 
 def test_a_silent_example_does_not_pass_for_a_removed_structure():
