@@ -138,9 +138,7 @@ class FullDisk(bmrs.Callback):
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch):
     x, y = blobs()
-    with pytest.warns(
-        RuntimeWarning, match=r"No space left.*the last good one, .*, is left; the fit goes on"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"No space left.*the last good one, .*, is left; the fit goes on"):
         result = bmrs.fit(*small_classifier(), (x, y), folder=tmp_path, callbacks=[FullDisk(4, monkeypatch)], **QUICK)
     assert len(result.history) == 9
     assert len(part(read_checkpoint(tmp_path / FILE), "history").info["entries"]) == 3

@@ -20,7 +20,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def torchrun(name, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, PROGRAM, name, str(folder)], env=ENVIRONMENT, capture_output=True, timeout=240, check=False)
+    done = subprocess.run(
+        [*command, PROGRAM, name, str(folder)], env=ENVIRONMENT, capture_output=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
