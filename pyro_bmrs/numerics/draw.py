@@ -43,10 +43,10 @@ class _Draw(torch.autograd.Function):
         step = _interior(uniform, distance, width)
         for regime, of_regime in ((distance > _TAIL_FROM, _tail), (width < _FLAT_BELOW, _flat)):
             if may_occur(regime):
-                step.lerp_(of_regime(uniform, distance, width), regime.to(step))
+                step = torch.lerp(step, of_regime(uniform, distance, width), regime.to(step))
         from_high = loc - high > low - loc
         x = torch.where(from_high, -scale, scale) * step
-        return x.add_(torch.clamp(loc, low, high)).clamp_(low, high).exp_(), step
+        return torch.clamp(x.add_(torch.clamp(loc, low, high)), low, high).exp_(), step
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -65,16 +65,14 @@ class _Draw(torch.autograd.Function):
         energy_far = 0.5 * (distance + width - outside) * (distance + width + outside)
         far, held_far = torch.zeros_like(distance), None
         if may_occur(energy_far < _NIL_FROM):
-            held_far = (energy - energy_far.clamp(max=_NIL_FROM).to(step)).exp_().mul_(uniform).clamp_(max=1)
+            held_far = (energy - energy_far.clamp(max=_NIL_FROM).to(step)).exp_().mul_(uniform).clamp(max=1)
             far = (grad * held_far).sum_to_size(loc.shape).double()
         # How a bound holds a draw back: its density over that at the draw, times the mass beyond the draw.
         held = energy.sub_(energy_near.to(step)).exp_()
-        held.mul_(1 - uniform).clamp_(max=1)
+        held = held.mul_(1 - uniform).clamp(max=1)
         freedom = 1 - held if held_far is None else 1 - held.add_(held_far)
         # What the parameters share is taken out of the sums over draws.
-        free, total, steps = (
-            part.sum_to_size(loc.shape).double() for part in (freedom.mul_(grad), grad, step * grad)
-        )
+        free, total, steps = (part.sum_to_size(loc.shape).double() for part in (freedom.mul_(grad), grad, step * grad))
         pulled = total - free
         from_high = loc - high > low - loc
         grad_scale = (steps + outside * free - inside * pulled - width * far).to(loc)
