@@ -1,7 +1,8 @@
 """Draws from a Gaussian on an interval, with implicit gradients: quantiles of uniforms, cheap enough for every step.
 
 Work on the parameters is done in float64 at their own shape; work on each draw in float32, with few passes over them.
-That is good to about 1e-4 of a draw's displacement, which no number of draws would show; ``quantile`` is exact.
+That is good to 1e-4 of the deviation on average, and to 1e-2 for draws rarer than one in a thousand, in which float32
+has few digits left; ``quantile`` is exact.
 """
 
 import math
