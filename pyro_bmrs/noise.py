@@ -5,6 +5,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class MultiplicativeNoise(nn.Module):
 
     Attributes:
         keep: Buffer of shape ``(size,)``, bool; False where a structure has been removed.
+        kl_weight: Weight of this site's KL relative to the model's, which ``NoisyNetwork`` sets.
 
     Raises:
         ValueError: If ``size`` is not positive or does not fit the prior, or (when called) the input.
@@ -59,6 +61,7 @@ class MultiplicativeNoise(nn.Module):
             )
         self.size, self.dim = size, dim
         self.site: str | None = None
+        self.kl_weight: float = 1.0
         self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
         # The prior's parameters are buffers, so that it moves between devices with the network.
         self._prior_type = type(prior)
@@ -83,7 +86,7 @@ class MultiplicativeNoise(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dim() > 0:
                 setattr(self, name, buffer[kept.to(buffer.device)])
-        self._site_distribution = None
+        self._declared = None
 
     def site_distribution(self, distribution: TorchDistribution) -> TorchDistribution:
         """Return ``distribution`` over the structures as a site declares it: removed ones count for nothing."""
@@ -100,10 +103,16 @@ class MultiplicativeNoise(nn.Module):
         distribution, masks = self._declaration()
         if self.site is None:
             return x * self._aligned(self.keep.to(x), x) if masks else x
-        theta = pyro.sample(self.site, distribution)
+        theta = self._sample(self.site, distribution)
         if masks:
             theta = theta * self.keep
         return x * self._aligned(theta.to(x.dtype), x)
+
+    def _sample(self, site: str, distribution: TorchDistribution) -> Tensor:
+        if self.kl_weight == 1:
+            return pyro.sample(site, distribution)
+        with poutine.scale(scale=self.kl_weight):
+            return pyro.sample(site, distribution)
 
     def _declaration(self) -> tuple[TorchDistribution, bool]:
         """Return the site's distribution, and whether its noise has to be masked; anew only after ``keep`` changes."""
@@ -131,6 +140,9 @@ class MultiplicativeNoise(nn.Module):
         leading, size = theta.shape[:-1], theta.shape[-1]
         spread = theta.reshape(*leading, *(1,) * (x.dim() - 1 - len(leading)), size)
         return spread.movedim(-1, self.dim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_declared": None}  # a copy counts the versions of its tensors anew
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
         self._declared = None  # its tensors are about to move

@@ -14,18 +14,20 @@ class Continuous:
         start: Epoch after which to prune first, counted from 1; by default the first one with the KL at its full
             weight, since what has been fitted before is not the model's posterior.
         every: Number of epochs between prunings.
+        stop: Epoch after which to prune last; by default the last one with noise.
         shrink: Whether to cut what is removed out of network, guide and optimiser at once, so that later epochs get
             faster; otherwise it is masked until ``compact``. The fit is the same up to rounding.
     """
 
     start: int | None = None
     every: int = 1
+    stop: int | None = None
     shrink: bool = False
 
     def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
         """Return whether to prune after ``epoch``, counted from 1."""
         start = kl_warmup_epochs + 1 if self.start is None else self.start
-        return epoch >= start and (epoch - start) % self.every == 0
+        return start <= epoch <= (epoch if self.stop is None else self.stop) and (epoch - start) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Rates:
         epochs: Number of all epochs.
         noisy_epochs: Number of those with noise.
         kl_warmup_epochs: Number of epochs over which the KL's weight rises linearly.
+        decay: Whether they fall at all.
     """
 
     lr: float
@@ -61,9 +64,12 @@ class Rates:
     epochs: int
     noisy_epochs: int
     kl_warmup_epochs: int
+    decay: bool = True
 
     def learning_rates(self, epoch: float) -> tuple[float, float]:
         """Return the rates of weights and posterior after ``epoch`` epochs, a fraction inside one."""
+        if not self.decay:
+            return self.lr, self.posterior_lr
         return self.lr * _cosine(epoch, self.epochs), self.posterior_lr * _cosine(epoch, self.noisy_epochs)
 
     def kl_share(self, step: int, steps_per_epoch: int) -> float:

@@ -34,6 +34,20 @@ def test_equals_the_stock_elbo(name, pruned):
     torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
 
 
+def test_sites_with_weights_of_their_own_equal_the_stock_elbo():
+    plain, _, x = build("mlp", dtype=torch.float64)
+    y = torch.arange(len(x)) % 4
+    model = bmrs.NoisyNetwork(plain.net, num_data=100, kl_weight=dict(zip(plain.sizes, (0.5, 3.0, 20.0), strict=True)))
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-1.0, init_log_scale=0.3).double()
+    stock = loss_and_gradients(TraceMeanField_ELBO(), model, guide, x, y)
+    ours = loss_and_gradients(bmrs.MeanFieldELBO("batch"), model, guide, x, y)
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
+    divergences = [
+        kl_divergence(q, p).sum() for q, p in zip(guide.posterior().values(), guide.prior().values(), strict=True)
+    ]
+    torch.testing.assert_close(guide.kl(), 0.5 * divergences[0] + 3 * divergences[1] + 20 * divergences[2])
+
+
 def test_draws_for_each_example_equal_the_stock_elbo_with_a_plate():
     """A plate over the batch inside scale(1/B) is what Pyro accepts for one draw an example."""
     model, guide, x = build("noise_before_tanh", dtype=torch.float64)

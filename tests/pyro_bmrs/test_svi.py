@@ -123,6 +123,7 @@ def test_continuous_pruning_keeps_its_schedule():
         result = bmrs.fit(model, guide, (x, y), criterion=Everything(), pruning=bmrs.Continuous(start=3), **QUICK)
     assert [entry["structures"] for entry in result.history] == [16, 16] + [0] * 6
     assert [epoch for epoch in range(1, 10) if bmrs.Continuous(start=3, every=4).is_due(epoch)] == [3, 7]
+    assert [epoch for epoch in range(1, 10) if bmrs.Continuous(start=3, every=2, stop=6).is_due(epoch)] == [3, 5]
     assert [epoch for epoch in range(1, 6) if bmrs.Continuous().is_due(epoch, kl_warmup_epochs=3)] == [4, 5]
 
 
