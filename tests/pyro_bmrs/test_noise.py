@@ -1,3 +1,5 @@
+import copy
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -93,3 +95,11 @@ def test_masks_put_in_from_outside_are_seen():
     assert torch.equal(layer(x), x)
     layer.keep.copy_(keep)
     assert torch.equal(layer(x), x * keep)
+
+
+def test_a_copy_made_after_a_removal_masks_too():
+    net = nn.Sequential(nn.Linear(3, 4), bmrs.MultiplicativeNoise(4))
+    net(torch.ones(1, 3))
+    net[1].remove(torch.tensor([True, False, True, False]))
+    again = copy.deepcopy(net)
+    assert torch.equal(again(torch.ones(1, 3)) == 0, torch.tensor([[True, False, True, False]]))
