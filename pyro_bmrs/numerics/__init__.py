@@ -26,10 +26,10 @@ float64 (callers convert at the edge). First and second derivatives are exact: e
 cumulant.
 """
 
+from pyro_bmrs.numerics.divergence import kl_from_uniform
 from pyro_bmrs.numerics.interval import (
     excess,
     interval_coordinates,
-    kl_from_uniform,
     log_integral,
     mean_displacement,
     variance,

@@ -102,8 +102,8 @@ def test_elements_have_noise_of_their_own():
     model, guide, x = build("lenet5")
     draws = bmrs.MeanFieldELBO("element")._draw(model, guide, x)
     shapes = {site: tuple(values.shape) for site, values in draws.items()}
-    assert shapes["conv1_noise.theta"] == (6, 28, 28, 6)
-    assert shapes["conv2_noise.theta"] == (6, 10, 10, 16)
+    assert shapes["conv1_noise.theta"] == (6, 14, 14, 6)
+    assert shapes["conv2_noise.theta"] == (6, 5, 5, 16)
     assert shapes["fc1_noise.theta"] == (6, 120)
 
 
