@@ -112,7 +112,8 @@ class CompiledStep:
 
     def _prepare(self, state: "_State", inputs: tuple[Tensor, ...]) -> Callable[..., Sequence[Any]]:
         """Trace, and compile, for inputs of these layouts; neither draws from the caller's random stream."""
-        with _forked_random_state(inputs), pyro.validation_enabled(False):
+        with _forked_random_state(inputs), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch
             graph = _trace(self.objective, state, inputs)
             self.traces += 1
             return graph if self.backend == "eager" else _compile(graph, inputs)
