@@ -21,12 +21,14 @@ A product of Gaussians divided by another can curve the other way. ``log_quadrat
 Dawson's function in the place of the Mills ratio.
 
 The regimes' values stand in ``regimes.py``, what is differentiable of them in ``interval.py``, the other way of curving
-in ``quadratic.py``, and draws in ``quantile.py``. All functions work elementwise on broadcastable tensors and expect
+in ``quadratic.py``, exact quantiles in ``quantile.py``. What every training step needs is simpler and faster: the
+divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but ``draw`` work elementwise on broadcastable tensors and expect
 float64 (callers convert at the edge). First and second derivatives are exact: each cumulant's gradient is the next
 cumulant.
 """
 
 from pyro_bmrs.numerics.divergence import kl_from_uniform
+from pyro_bmrs.numerics.draw import draw
 from pyro_bmrs.numerics.interval import (
     excess,
     interval_coordinates,
@@ -41,6 +43,7 @@ from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI
 __all__ = [
     "LOG_SQRT_2PI",
     "dawson",
+    "draw",
     "excess",
     "interval_coordinates",
     "kl_from_uniform",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.special import erfcx, ndtr
 
 __all__ = [
@@ -69,8 +70,12 @@ def cumulants(distance: Tensor, width: Tensor) -> Cumulants:
 
 
 def may_occur(regime: Tensor) -> bool:
-    """Return whether a regime is worth computing: always where that cannot be asked, or would stall the device."""
-    if regime.is_cuda:
+    """Return whether a regime is worth computing.
+
+    Always, where asking would stall a device, or cannot be done (under vmap), or would hold only for the values at hand
+    (in a graph being traced).
+    """
+    if regime.is_cuda or get_proxy_mode() is not None or torch.compiler.is_compiling():
         return True
     try:
         return bool(regime.any())
