@@ -21,9 +21,7 @@ _LEFT_TO_ATEN = {torch.ops.aten.erfinv.default, torch.ops.aten.special_erfcx.def
 
 _OPTIONS: dict[str, Any] = {
     "fallback_random": True,  # the same stream of random numbers as without compilation
-    # Store what has few elements instead of computing it again for each draw that reads it.
-    "realize_opcount_threshold": 1,
-    "realize_reads_threshold": 1,
+    "realize_opcount_threshold": 8,  # store what is computed once a structure, not again for each draw that reads it
 }
 
 
