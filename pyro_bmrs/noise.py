@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_bmrs.distributions import LogUniform
 
@@ -65,6 +66,7 @@ class MultiplicativeNoise(nn.Module):
         for name in self._prior_names:
             self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
         self._site_distribution: TorchDistribution | None = None
+        self._asked: tuple[Tensor | None, int, bool] = (None, 0, True)  # mask, its version, and whether it masks
 
     @property
     def prior(self) -> TorchDistribution:
@@ -90,14 +92,34 @@ class MultiplicativeNoise(nn.Module):
                 f"input has shape {tuple(x.shape)}"
             )
         if self.site is None:
-            return x * self._aligned(self.keep.to(x), x)
+            return x * self._aligned(self.keep.to(x), x) if self._masks() else x
         if self._site_distribution is None:
             self._site_distribution = self.site_distribution(self.prior)
         theta = pyro.sample(self.site, self._site_distribution)
-        return x * self._aligned(theta * self.keep, x)
+        if self._masks():
+            theta = theta * self.keep
+        return x * self._aligned(theta.to(x.dtype), x)
+
+    def _masks(self) -> bool:
+        """Return whether anything has to be masked, asking the device only after ``keep`` has changed.
+
+        Always where that would hold only for the mask at hand (in a graph being traced), or cannot be asked (vmap).
+        """
+        if get_proxy_mode() is not None or torch.compiler.is_compiling():
+            return True
+        asked, version, masks = self._asked
+        if asked is not self.keep or version != self.keep._version:
+            try:
+                masks = not bool(self.keep.all())
+            except RuntimeError:
+                return True
+            self._asked = (self.keep, self.keep._version, masks)
+        return masks
 
     def _aligned(self, theta: Tensor, x: Tensor) -> Tensor:
         """Broadcast noise of shape ``(*leading, size)`` to ``x``, its leading dimensions to the first ones of ``x``."""
+        if theta.shape == x.shape and self.dim in (-1, x.dim() - 1):
+            return theta
         leading, size = theta.shape[:-1], theta.shape[-1]
         spread = theta.reshape(*leading, *(1,) * (x.dim() - 1 - len(leading)), size)
         return spread.movedim(-1, self.dim)

@@ -43,14 +43,14 @@ class _KLFromUniform(torch.autograd.Function):
         reach = 2 * _HIGHEST_ENERGY / (outside + torch.sqrt(outside * outside + 2 * _HIGHEST_ENERGY))
         start, end = torch.maximum(inside, -reach), torch.minimum(far, reach)
         half = 0.5 * (end - start)
-        integral, energy, mean, energy_mean = _averages(start, half, outside)
+        integral, energy, mean, product = _averages(start, half, outside)
         kl = torch.log(width / integral) - energy
         # What a bound, moved outwards, adds to minus the KL: its density there, and how much more energy than average.
         energy_far = (far * (outside + 0.5 * far)).clamp(max=_NIL_FROM)
         energy_near = (0.5 * inside * inside).clamp(max=_NIL_FROM)
         gain_far = torch.exp(-energy_far) / integral * (1 + energy_far - energy)
         gain_near = torch.exp(-energy_near) / integral * (1 + energy_near - energy)
-        grad_distance = torch.where(distance < 0, gain_near - gain_far, energy_mean - energy * mean)
+        grad_distance = torch.where(distance < 0, gain_near - gain_far, product - energy * mean)
         return kl.clamp(min=0), grad_distance, 1 / width - gain_far
 
     @staticmethod
@@ -68,13 +68,12 @@ class _KLFromUniform(torch.autograd.Function):
 def _averages(start: Tensor, half: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the integral I, and the averages of energy, displacement from the mode, and of the two's product."""
     nodes, weights = _gauss_legendre(start.device)
-    displacement = torch.addcmul(start.unsqueeze(-1), half.unsqueeze(-1), nodes)
-    energy = displacement * torch.add(outside.unsqueeze(-1), displacement, alpha=0.5)
-    mass = torch.exp(-energy)
-    excited = mass * energy
-    total = mass @ weights
-    averages = (part @ weights / total for part in (excited, mass * displacement, excited * displacement))
-    return half * total, *averages
+    displacement = (half.unsqueeze(-1) * nodes).add_(start.unsqueeze(-1))
+    energy = torch.add(outside.unsqueeze(-1), displacement, alpha=0.5).mul_(displacement)
+    mass = torch.neg(energy).exp_()
+    total, mean_energy = mass @ weights, energy.mul_(mass) @ weights
+    mean, mean_product = mass.mul_(displacement) @ weights, energy.mul_(displacement) @ weights
+    return half * total, mean_energy / total, mean / total, mean_product / total
 
 
 @cache

@@ -23,16 +23,18 @@ _NIL_FROM = 40.0  # energies of a bound at which it pulls no draw, whose own are
 
 
 def draw(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return a draw in ``[low, high]`` for each ``uniform`` in [0, 1), differentiable in the parameters.
+    """Return the exponential of a draw in ``[low, high]`` for each ``uniform`` in [0, 1).
 
-    All are float32; ``uniform`` is of any shape that the others (of equal shape) broadcast to. Towards which bound a
-    quantile is taken makes no difference to its distribution, so that it is always away from the nearest.
+    All are float32; ``uniform`` is of any shape that the others (of equal shape) broadcast to. Differentiable in the
+    parameters. Quantiles are taken from the bound nearest to ``loc``: at which end is no matter to a distribution.
     """
-    x, _ = _Draw.apply(uniform, loc, scale, low, high)
-    return x
+    theta, _ = _Draw.apply(uniform, loc, scale, low, high)
+    return theta
 
 
 class _Draw(torch.autograd.Function):
+    """Works in place where it can: a step spends more on fresh memory than on arithmetic."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -41,33 +43,38 @@ class _Draw(torch.autograd.Function):
         step = _interior(uniform, distance, width)
         for regime, of_regime in ((distance > _TAIL_FROM, _tail), (width < _FLAT_BELOW, _flat)):
             if may_occur(regime):
-                step = torch.lerp(step, of_regime(uniform, distance, width), regime.to(step))
+                step.lerp_(of_regime(uniform, distance, width), regime.to(step))
         from_high = loc - high > low - loc
-        x = torch.addcmul(torch.clamp(loc, low, high), step, torch.where(from_high, -scale, scale))
-        return torch.clamp(x, low, high), step
+        x = torch.where(from_high, -scale, scale) * step
+        return x.add_(torch.clamp(loc, low, high)).clamp_(low, high).exp_(), step
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        uniform, loc, scale, low, high, step = ctx.saved_tensors
+        uniform, loc, scale, low, high, theta, step = ctx.saved_tensors
         distance, width = interval_coordinates(loc.double(), scale.double(), low.double(), high.double())
         inside, outside = distance.clamp(max=0), distance.clamp(min=0)
-        energy = step * torch.add(outside.to(step), step, alpha=0.5)
-        energy_near = (0.5 * inside * inside).clamp(max=_NIL_FROM).to(step)
-        held = torch.exp(energy - energy_near)  # by the near bound: its density over the draw's, less its share
-        held = torch.addcmul(held, held, uniform, value=-1).clamp_(max=1)
+        grad = grad * theta
+        energy = torch.add(outside.to(step), step, alpha=0.5).mul_(step)
+        energy_near = (0.5 * inside * inside).clamp(max=_NIL_FROM)
         energy_far = 0.5 * (distance + width - outside) * (distance + width + outside)
-        far = torch.zeros_like(distance)
+        far, held_far = torch.zeros_like(distance), None
         if may_occur(energy_far < _NIL_FROM):
-            held_far = torch.exp(energy - energy_far.clamp(max=_NIL_FROM).to(step)).mul(uniform).clamp_(max=1)
-            held, far = held + held_far, (grad * held_far).sum_to_size(loc.shape).double()
+            held_far = (energy - energy_far.clamp(max=_NIL_FROM).to(step)).exp_().mul_(uniform).clamp_(max=1)
+            far = (grad * held_far).sum_to_size(loc.shape).double()
+        # How a bound holds a draw back: its density over that at the draw, times the mass beyond the draw.
+        held = energy.sub_(energy_near.to(step)).exp_()
+        held.mul_(1 - uniform).clamp_(max=1)
+        freedom = 1 - held if held_far is None else 1 - held.add_(held_far)
         # What the parameters share is taken out of the sums over draws.
-        free, total, steps = (part.sum_to_size(loc.shape).double() for part in (grad * (1 - held), grad, grad * step))
+        free, total, steps = (
+            part.sum_to_size(loc.shape).double() for part in (freedom.mul_(grad), grad, step * grad)
+        )
         pulled = total - free
         from_high = loc - high > low - loc
         grad_scale = (steps + outside * free - inside * pulled - width * far).to(loc)
@@ -85,8 +92,8 @@ def _interior(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
     """Displacement from the mode by the inverse of the error function."""
     ends = torch.erf(torch.stack([distance, distance + width]) / math.sqrt(2))
     near, far = ends.clamp(-_LARGEST_ERF, _LARGEST_ERF).to(uniform)
-    centred = torch.erfinv(torch.lerp(near, far, uniform))
-    return torch.add(-distance.clamp(min=0).to(uniform), centred, alpha=math.sqrt(2))
+    centred = torch.lerp(near, far, uniform).erfinv_().mul_(math.sqrt(2))
+    return centred.sub_(distance.clamp(min=0).to(uniform))
 
 
 def _tail(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
@@ -109,10 +116,10 @@ def _tail(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
     a, b, c, half, bend = (
         value.to(uniform) for value in (d / e, d * (d + f - 2 * e) / (6 * e * e), near * e, 0.5 * start, 2 / start**2)
     )
-    minus_hazard = torch.log1p(uniform * -kept.to(uniform))
-    slowed = torch.log1p(minus_hazard * -c)
-    energy = torch.addcmul(minus_hazard, slowed, torch.addcmul(a, slowed * slowed, b)).neg_()
-    return energy / torch.addcmul(half, half, torch.sqrt(1 + energy * bend))
+    minus_hazard = (uniform * -kept.to(uniform)).log1p_()
+    slowed = (minus_hazard * -c).log1p_()
+    energy = (slowed * slowed).mul_(b).add_(a).mul_(slowed).add_(minus_hazard).neg_()
+    return energy.div_((energy * bend).add_(1).sqrt_().add_(1).mul_(half))
 
 
 def _flat(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
@@ -120,5 +127,5 @@ def _flat(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
     width, inside = width.clamp(max=_FLAT_BELOW), distance.clamp(-_FLAT_BELOW, 0)
     slope = width * (distance.clamp(min=-_FLAT_BELOW) + 0.5 * width)
     slope = torch.where(slope.abs() < 1e-6, 1e-6, slope)
-    risen = torch.log1p(uniform * torch.expm1(-slope).to(uniform))
-    return torch.addcmul(inside.to(uniform), risen, (-width / slope).to(uniform))
+    risen = (uniform * torch.expm1(-slope).to(uniform)).log1p_()
+    return risen.mul_((-width / slope).to(uniform)).add_(inside.to(uniform))
