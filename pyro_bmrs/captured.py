@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bmrs.noise import MultiplicativeNoise
+
 __all__ = ["CapturedStep"]
 
 _WARM_UPS = 3  # steps in which libraries make their workspaces and the optimiser its state
@@ -17,11 +19,12 @@ class CapturedStep:
     """Train by one batch: forward, backward and the optimiser's step, as one launch.
 
     For each layout of the batch the first steps run as usual on a side stream, the next is captured, and all others
-    replay it: a last batch of another size gets a graph of its own, and all graphs share one memory pool. What changes
-    in place between two calls is seen: parameters, masks, a batch norm's statistics, the optimiser's moments, and
-    learning rates (``group["lr"].fill_(rate)``, which does not stall the device). Random numbers are drawn afresh from
-    torch's CUDA generator at each. Tensors that are *replaced*, by surgery or ``.to``, and submodules that change their
-    mode, need a new ``CapturedStep``; so do Python numbers that the forward reads.
+    replay it: a last batch of another size gets a graph of its own, as do the first structures that a noise layer
+    loses, and all graphs share one memory pool. What changes in place between two calls is seen: parameters, masks, a
+    batch norm's statistics, the optimiser's moments, and learning rates (``group["lr"].fill_(rate)``, which does not
+    stall the device). Random numbers are drawn afresh from torch's CUDA generator at each. Tensors that are *replaced*,
+    by surgery or ``.to``, and submodules that change their mode, need a new ``CapturedStep``; so do Python numbers that
+    the forward reads.
 
     A step that cannot be captured runs as usual, after a warning that says why.
 
@@ -52,6 +55,7 @@ class CapturedStep:
                     f"device={str(self.device)!r}), but it has capturable={group.get('capturable')} and lr={rate!r}"
                 )
         self.captures = 0
+        self._noise = [module for module in objective.modules() if isinstance(module, MultiplicativeNoise)]
         self._batches: dict[object, _Batch] = {}
         self._stream = torch.cuda.Stream(self.device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -66,7 +70,8 @@ class CapturedStep:
             kl_weight: Weight of the KL in this step.
             share: Size of this batch over the mean size of those whose losses will be averaged with it.
         """
-        key = (x.shape, x.dtype, y.shape, y.dtype, self.objective.training)
+        masks = tuple(layer._masks() for layer in self._noise)  # a layer that has lost nothing yet applies no mask
+        key = (x.shape, x.dtype, y.shape, y.dtype, self.objective.training, masks)
         if key not in self._batches:
             numbers = torch.zeros(2, dtype=next(self.objective.parameters()).dtype, device=self.device)
             self._batches[key] = _Batch(*(torch.empty_like(each, device=self.device) for each in (x, y)), numbers)
