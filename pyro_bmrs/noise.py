@@ -8,9 +8,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_bmrs.distributions import LogUniform
+from pyro_bmrs.numerics import may_ask
 
 __all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers"]
 
@@ -65,8 +65,7 @@ class MultiplicativeNoise(nn.Module):
         self._prior_names = tuple(prior.arg_constraints)
         for name in self._prior_names:
             self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
-        self._site_distribution: TorchDistribution | None = None
-        self._asked: tuple[Tensor | None, int, bool] = (None, 0, True)  # mask, its version, and whether it masks
+        self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
 
     @property
     def prior(self) -> TorchDistribution:
@@ -77,11 +76,10 @@ class MultiplicativeNoise(nn.Module):
     def remove(self, removed: Tensor) -> None:
         """Remove the structures where ``removed`` is True, on top of those removed before."""
         self.keep.logical_and_(~removed.to(self.keep.device))
-        self._site_distribution = None
 
     def site_distribution(self, distribution: TorchDistribution) -> TorchDistribution:
         """Return ``distribution`` over the structures as a site declares it: removed ones count for nothing."""
-        if not bool(self.keep.all()):
+        if self._masks():
             distribution = distribution.mask(self.keep)
         return distribution.to_event(1)
 
@@ -91,30 +89,32 @@ class MultiplicativeNoise(nn.Module):
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
                 f"input has shape {tuple(x.shape)}"
             )
+        distribution, masks = self._declaration()
         if self.site is None:
-            return x * self._aligned(self.keep.to(x), x) if self._masks() else x
-        if self._site_distribution is None:
-            self._site_distribution = self.site_distribution(self.prior)
-        theta = pyro.sample(self.site, self._site_distribution)
-        if self._masks():
+            return x * self._aligned(self.keep.to(x), x) if masks else x
+        theta = pyro.sample(self.site, distribution)
+        if masks:
             theta = theta * self.keep
         return x * self._aligned(theta.to(x.dtype), x)
 
-    def _masks(self) -> bool:
-        """Return whether anything has to be masked, asking the device only after ``keep`` has changed.
+    def _declaration(self) -> tuple[TorchDistribution, bool]:
+        """Return the site's distribution, and whether its noise has to be masked; anew only after ``keep`` changes."""
+        version = self.keep._version
+        if self._declared is not None and self._declared[0] is self.keep and self._declared[1] == version:
+            return self._declared[2:]
+        declaration = self.site_distribution(self.prior), self._masks()
+        if may_ask(self.keep, on_device=True):
+            self._declared = self.keep, version, *declaration
+        return declaration
 
-        Always where that would hold only for the mask at hand (in a graph being traced), or cannot be asked (vmap).
-        """
-        if get_proxy_mode() is not None or torch.compiler.is_compiling():
+    def _masks(self) -> bool:
+        """Return whether anything has been removed; always where it might be, and Python cannot see."""
+        if not may_ask(self.keep, on_device=True):
             return True
-        asked, version, masks = self._asked
-        if asked is not self.keep or version != self.keep._version:
-            try:
-                masks = not bool(self.keep.all())
-            except RuntimeError:
-                return True
-            self._asked = (self.keep, self.keep._version, masks)
-        return masks
+        try:
+            return not bool(self.keep.all())
+        except RuntimeError:  # under vmap
+            return True
 
     def _aligned(self, theta: Tensor, x: Tensor) -> Tensor:
         """Broadcast noise of shape ``(*leading, size)`` to ``x``, its leading dimensions to the first ones of ``x``."""
@@ -125,11 +125,11 @@ class MultiplicativeNoise(nn.Module):
         return spread.movedim(-1, self.dim)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
-        self._site_distribution = None  # its tensors are about to move
+        self._declared = None  # its tensors are about to move
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._site_distribution = None
+        self._declared = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

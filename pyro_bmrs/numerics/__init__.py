@@ -22,9 +22,9 @@ Dawson's function in the place of the Mills ratio.
 
 The regimes' values stand in ``regimes.py``, what is differentiable of them in ``interval.py``, the other way of curving
 in ``quadratic.py``, exact quantiles in ``quantile.py``. What every training step needs is simpler and faster: the
-divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but ``draw`` work elementwise on broadcastable tensors and expect
-float64 (callers convert at the edge). First and second derivatives are exact: each cumulant's gradient is the next
-cumulant.
+divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but ``draw`` expect float64 (callers
+convert at the edge); all work elementwise on broadcastable tensors. First and second derivatives are exact: each
+cumulant's gradient is the next cumulant.
 """
 
 from pyro_bmrs.numerics.divergence import kl_from_uniform
@@ -38,7 +38,7 @@ from pyro_bmrs.numerics.interval import (
 )
 from pyro_bmrs.numerics.quadratic import dawson, log_quadratic_integral
 from pyro_bmrs.numerics.quantile import quantile
-from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI
+from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI, may_ask
 
 __all__ = [
     "LOG_SQRT_2PI",
@@ -49,6 +49,7 @@ __all__ = [
     "kl_from_uniform",
     "log_integral",
     "log_quadratic_integral",
+    "may_ask",
     "mean_displacement",
     "quantile",
     "variance",
