@@ -163,7 +163,7 @@ def _noisy(net: nn.Module) -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGu
 
 
 def _training(net: nn.Module, x: Tensor, y: Tensor, compiled: bool) -> tuple[dict[str, Work], dict[str, float]]:
-    """Return each variant's training step, each on a copy of its own, and how long those took that compile or capture."""
+    """Return each variant's training step, on a network of its own, and the seconds of first calls that compile."""
 
     def objective(noisy: bool) -> nn.Module:
         return NoisyObjective(*_noisy(net), bmrs.MeanFieldELBO()) if noisy else _PlainObjective(_plain(net))

@@ -46,7 +46,9 @@ class CapturedStep:
         self.objective, self.optimizer = objective, optimizer
         self.device = next(objective.parameters()).device
         if self.device.type != "cuda":
-            raise ValueError(f"a step is captured on a CUDA device, but the objective's parameters are on {self.device}")
+            raise ValueError(
+                f"a step is captured on a CUDA device, but the objective's parameters are on {self.device}"
+            )
         for group in optimizer.param_groups:
             rate = group["lr"]
             if not (group.get("capturable") and isinstance(rate, Tensor) and rate.device == self.device):
@@ -74,7 +76,8 @@ class CapturedStep:
         key = (x.shape, x.dtype, y.shape, y.dtype, self.objective.training, masks)
         if key not in self._batches:
             numbers = torch.zeros(2, dtype=next(self.objective.parameters()).dtype, device=self.device)
-            self._batches[key] = _Batch(*(torch.empty_like(each, device=self.device) for each in (x, y)), numbers)
+            inputs = torch.empty_like(x, device=self.device), torch.empty_like(y, device=self.device)
+            self._batches[key] = _Batch(*inputs, numbers)
         batch = self._batches[key]
         batch.fill(x, y, kl_weight, share)
         if batch.warm_ups < _WARM_UPS or self._given_up:

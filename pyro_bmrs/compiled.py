@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _inductor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,7 +17,11 @@ __all__ = ["CompiledStep"]
 Backend = Literal["inductor", "eager"]
 
 # What ATen computes several times faster on a CPU than the compiler's own code does.
-_LEFT_TO_ATEN = {torch.ops.aten.erfinv.default, torch.ops.aten.special_erfcx.default}
+_LEFT_TO_ATEN = {
+    torch.ops.aten.erfinv.default,
+    torch.ops.aten.erfinv_.default,
+    torch.ops.aten.special_erfcx.default,
+}
 
 _OPTIONS: dict[str, Any] = {
     "fallback_random": True,  # the same stream of random numbers as without compilation
@@ -170,9 +174,7 @@ def _trace(objective: nn.Module, state: _State, inputs: tuple[Tensor, ...]) -> G
     trained = [parameter.requires_grad for parameter in state.parameters.values()]
 
     def loss_and_gradients(*flat: Tensor) -> list[Tensor | None]:
-        parameters = [
-            each.detach().requires_grad_(needs) for each, needs in zip(flat[:count], trained, strict=True)
-        ]
+        parameters = [each.detach().requires_grad_(needs) for each, needs in zip(flat[:count], trained, strict=True)]
         values = dict(zip(names, (*parameters, *flat[count : len(names)]), strict=True))
         with torch.enable_grad():
             loss = functional_call(objective, values, flat[len(names) :])
@@ -201,13 +203,11 @@ def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _compile(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Sequence[Any]]:
-    import torch._inductor as inductor  # seconds, and needed by those only who compile
-
     for node in graph.graph.nodes:
         if node.target in _LEFT_TO_ATEN and not inputs[0].is_cuda:
             node.meta["custom"] = {"fallback_to_eager": True}
     with torch.no_grad():
-        examples = [each.detach().clone() for each in inputs]
-        compiled = inductor.compile(graph, examples, options=_OPTIONS)
+        examples: list[Any] = [each.detach().clone() for each in inputs]
+        compiled = _inductor.compile(graph, examples, options=_OPTIONS)
         compiled(*examples)  # what fails at the first call only fails here
     return compiled

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from analysis.overhead import Overhead, format_tables, main
 
 TINY = Overhead(networks=("mlp",), batch_sizes=(4,), threads=(1,), rounds=2, device="cpu", compile=False)

@@ -51,7 +51,7 @@ def test_the_host_waits_for_nothing_inside_a_step(name, granularity, monkeypatch
 
 def test_a_cpu_is_refused():
     objective, _, _ = objective_of("mlp")
-    with pytest.raises(ValueError, match="captured on a CUDA device, but the objective's parameters are on cpu"):
+    with pytest.raises(ValueError, match="captured on a CUDA device, but the parameters are on cpu"):
         CapturedStep(objective, torch.optim.Adam(objective.parameters()))
 
 
