@@ -46,9 +46,7 @@ class CapturedStep:
         self.objective, self.optimizer = objective, optimizer
         self.device = next(objective.parameters()).device
         if self.device.type != "cuda":
-            raise ValueError(
-                f"a step is captured on a CUDA device, but the objective's parameters are on {self.device}"
-            )
+            raise ValueError(f"a step is captured on a CUDA device, but the parameters are on {self.device}")
         for group in optimizer.param_groups:
             rate = group["lr"]
             if not (group.get("capturable") and isinstance(rate, Tensor) and rate.device == self.device):
