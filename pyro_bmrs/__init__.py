@@ -23,6 +23,7 @@ from pyro_bmrs.bmr import (
     register_reduced_posterior,
     spike,
 )
+from pyro_bmrs.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
 from pyro_bmrs.cost import cost_log_odds, count_flops, count_parameters, measure_latency
 from pyro_bmrs.criteria import (
     BMRS_N,
@@ -46,9 +47,11 @@ from pyro_bmrs.noise import MultiplicativeNoise
 from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.prediction import predict
 from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial
+from pyro_bmrs.schedule import Continuous, PostTraining
+from pyro_bmrs.shrink import shrink
 from pyro_bmrs.structures import ChannelScale, find_structures
 from pyro_bmrs.surgery import compact
-from pyro_bmrs.svi import Continuous, FitResult, PostTraining, fit
+from pyro_bmrs.svi import FitResult, fit
 
 __version__ = "0.1.0"
 
@@ -57,20 +60,24 @@ __all__ = [
     "BMRS_U",
     "SNR",
     "BetaGuide",
+    "Callback",
     "ChannelScale",
     "Continuous",
     "Criterion",
     "DivergentIntegralError",
+    "EnergyTracker",
     "EvidenceCriterion",
     "FitResult",
     "FlatGuide",
     "GradientWeightNorm",
+    "JSONLines",
     "LogUniform",
     "MeanFieldELBO",
     "MultiplicativeNoise",
     "NoisyNetwork",
     "PostTraining",
     "PosteriorMean",
+    "ProgressBar",
     "PruningContext",
     "Random",
     "Reduction",
@@ -110,6 +117,7 @@ __all__ = [
     "register_exponential_family",
     "register_reduced_posterior",
     "save",
+    "shrink",
     "spike",
     "to_arviz",
 ]

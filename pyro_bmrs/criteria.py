@@ -68,7 +68,7 @@ class Criterion:
     def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return for each site which of the remaining structures the criterion would remove, as bool tensors.
 
-        A score that is not a number never removes anything.
+        A score that is not finite never removes anything.
 
         Args:
             context: What to judge.
@@ -76,7 +76,7 @@ class Criterion:
         """
         scores = self.scores(context) if scores is None else scores
         masks = context.model.masks
-        return {site: (score >= 0) & masks[site] for site, score in scores.items()}
+        return {site: (score >= 0) & score.isfinite() & masks[site] for site, score in scores.items()}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 
-__all__ = ["Data", "check_data", "check_observations"]
+__all__ = ["Data", "check_data", "check_observations", "to_input"]
 
 Data = tuple[Tensor, Tensor] | TensorDataset
 
@@ -33,6 +33,8 @@ def check_data(data: Data, name: str) -> tuple[Tensor, Tensor]:
     if len(x) == 0:
         raise ValueError(f"{name} is empty: inputs have shape {tuple(x.shape)}")
     for part, tensor in (("input", x), ("observation", y)):
+        if not tensor.is_floating_point():
+            continue
         bad_rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero()
         if len(bad_rows):
             row = int(bad_rows[0])
@@ -40,11 +42,18 @@ def check_data(data: Data, name: str) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def to_input(x: Tensor) -> Tensor:
+    """Return what the network takes: bytes (images) become numbers in [0, 1], anything else stays as it is."""
+    return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
+
+
 @torch.no_grad()
 def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless the network takes ``x`` and every observation lies in its likelihood's support."""
+    device = next(model.parameters()).device
     with evaluating(model):
-        output = model.net(x[:1])
+        output = model.net(to_input(x[:1].to(device)))
+    y = y.to(device)
     observed = model.likelihood(output.expand(len(y), *output.shape[1:]))
     if isinstance(observed, Categorical) and y.is_floating_point():
         raise ValueError(

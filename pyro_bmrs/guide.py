@@ -15,8 +15,9 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
 
-__all__ = ["LOG_SCALE_RANGE", "FlatGuide", "TruncatedLogNormalGuide"]
+__all__ = ["LOC_RANGE", "LOG_SCALE_RANGE", "FlatGuide", "TruncatedLogNormalGuide"]
 
+LOC_RANGE = (-1000.0, 1000.0)  # beyond, nothing that a posterior can say changes, and float32 runs out of digits
 LOG_SCALE_RANGE = (-20.0, 5.0)
 
 
@@ -71,6 +72,9 @@ class FlatGuide(PyroModule):
         """Return the posterior over all structures, of ``batch_shape`` ``(structures,)``."""
         return self.family()
 
+    def project_(self) -> None:
+        """Bring parameters back, in place, into the range that the family documents; called after every step."""
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Split ``(..., structures)`` into one ``(..., size)`` a site."""
         return dict(zip(self.sizes, flat.split(list(self.sizes.values()), dim=-1), strict=True))
@@ -106,6 +110,22 @@ class FlatGuide(PyroModule):
             total = total + (divergence * keep[selected]).sum()
         return total
 
+    def select(self, kept: Tensor) -> None:
+        """Become the guide of the structures at ``kept`` of the flat vectors, in place, as the noise layers have.
+
+        Parameters stay the same objects. Buffers of a subclass count as one entry a structure if their first dimension
+        has that size.
+        """
+        structures = sum(self.sizes.values())
+        for parameter in self.parameters():
+            parameter.data = parameter.data[kept]
+            parameter.grad = None
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.shape[:1] == (structures,):
+                setattr(self, name, buffer[kept])
+        self.sizes = self._model[0].sizes
+        self._prior_groups = self._group_priors()
+
     def _group_priors(self) -> list[tuple[type[TorchDistribution], str | None, dict[str, str]]]:
         """Store the priors' parameters as one buffer for each type of prior, and return how to find them."""
         priors = self.prior()
@@ -122,7 +142,7 @@ class FlatGuide(PyroModule):
             if len(kinds) > 1:
                 index = f"_prior{i}_index"
                 of_kind = torch.isin(site_of, torch.tensor(members))
-                self.register_buffer(index, of_kind.nonzero().squeeze(1), persistent=False)
+                self.register_buffer(index, of_kind.nonzero().squeeze(1).to(self.keep.device), persistent=False)
             groups.append((kind, index, names))
         return groups
 
@@ -146,7 +166,7 @@ class TruncatedLogNormalGuide(FlatGuide):
         init_log_scale: Initial log standard deviation of :math:`\log\theta`.
 
     Attributes:
-        loc: Parameter of shape ``(structures,)``, any real number.
+        loc: Parameter of shape ``(structures,)``; fitting keeps it within ``LOC_RANGE``.
         log_scale: Parameter of shape ``(structures,)``, used clamped to ``LOG_SCALE_RANGE``.
 
     Raises:
@@ -168,6 +188,11 @@ class TruncatedLogNormalGuide(FlatGuide):
         self.register_buffer("log_high", torch.cat([prior.log_high for prior in priors]))
         self.loc = nn.Parameter(torch.full_like(self.log_low, init_loc))
         self.log_scale = nn.Parameter(torch.full_like(self.log_low, init_log_scale))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        self.loc.clamp_(*LOC_RANGE)
+        self.log_scale.clamp_(*LOG_SCALE_RANGE)
 
     def family(self, index: slice | Tensor = slice(None)) -> TruncatedLogNormal:
         scale = torch.exp(self.log_scale[index].clamp(*LOG_SCALE_RANGE))

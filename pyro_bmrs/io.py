@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.structures import ChannelScale
 
-__all__ = ["load", "prepare_run_folder", "save", "write_json"]
+__all__ = ["AtomicFile", "load", "prepare_run_folder", "save", "write_json"]
 
 _FORMAT = "pyro-bmrs/1"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -40,7 +40,7 @@ def save(net: nn.Module, path: PathLike) -> None:
     """
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    with _AtomicFile(path.with_name(path.name + ".safetensors")) as temporary:
+    with AtomicFile(path.with_name(path.name + ".safetensors")) as temporary:
         save_file(state, temporary)
     write_json(path.with_name(path.name + ".json"), {"format": _FORMAT, "network": _describe(net)})
 
@@ -162,53 +162,59 @@ def _build_layer(kind: Any, arguments: Any, name: str) -> nn.Module:
         raise ValueError(f"layer {name!r} cannot be a {kind} with arguments {arguments}: {error}") from None
 
 
-class _AtomicFile:
-    """Give a temporary path beside ``path``, and move it there if all went well."""
+class AtomicFile:
+    """Give a path beside ``path`` to write to, and move it there if all went well.
+
+    The name is fixed, so that a process killed while it writes leaves one such file at most, which the next one reuses.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
 
     def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
+        self.partial.touch()
+        return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
-            self.temporary.replace(self.path)
+            self.partial.replace(self.path)
         else:
-            self.temporary.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
 
 
 def write_json(path: PathLike, content: Any) -> None:
     """Write ``content`` as JSON, complete or not at all."""
-    with _AtomicFile(Path(path)) as temporary:
+    with AtomicFile(Path(path)) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def prepare_run_folder(path: PathLike, overwrite: bool = False) -> Path:
+def prepare_run_folder(path: PathLike, overwrite: bool = False, resume: bool = False) -> Path:
     """Return ``path`` as an existing, writable folder without results in it, before any work is done for it.
 
     Args:
         path: Folder of the run; it and its parents are made if missing.
-        overwrite: Whether results of an earlier run may be overwritten.
+        overwrite: Whether to delete what an earlier run has left there.
+        resume: Whether to leave it there, to go on from.
 
     Raises:
-        FileExistsError: If it holds the results of an earlier run, which are kept.
+        FileExistsError: If it holds what an earlier run has left, and neither is asked for.
         OSError: If it cannot be made or written to.
     """
     path = Path(path)
-    files = [path / "results.json", path / "metrics.jsonl"]
-    if not overwrite and any(file.is_file() and file.stat().st_size > 0 for file in files):
+    files = [path / name for name in ("results.json", "metrics.jsonl", "checkpoint/fit.safetensors")]
+    if not (overwrite or resume) and any(file.is_file() and file.stat().st_size > 0 for file in files):
         raise FileExistsError(
-            f"{path} already holds the results of a run; they are kept: choose another folder, or pass overwrite"
+            f"{path} already holds what an earlier run has left; it is kept: choose another folder, resume or overwrite"
         )
     try:
         for folder in (path, path / "figures", path / "checkpoint"):
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        if overwrite and not resume:
+            for file in files:
+                file.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to the run folder {path} ({error.strerror}); choose another one") from error
     return path

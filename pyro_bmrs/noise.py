@@ -77,6 +77,14 @@ class MultiplicativeNoise(nn.Module):
         """Remove the structures where ``removed`` is True, on top of those removed before."""
         self.keep.logical_and_(~removed.to(self.keep.device))
 
+    def select(self, kept: Tensor) -> None:
+        """Become a layer of the structures at the positions ``kept``, in place, whether removed or not."""
+        self.size = len(kept)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dim() > 0:
+                setattr(self, name, buffer[kept.to(buffer.device)])
+        self._site_distribution = None
+
     def site_distribution(self, distribution: TorchDistribution) -> TorchDistribution:
         """Return ``distribution`` over the structures as a site declares it: removed ones count for nothing."""
         if self._masks():

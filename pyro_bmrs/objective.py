@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.elbo import MeanFieldELBO
@@ -20,7 +19,7 @@ class NoisyObjective(nn.Module):
     computes: this is what is wrapped for several devices, compiled, captured or mapped over seeds.
 
     Args:
-        model: The model, its ``num_data`` known.
+        model: The model.
         guide: Its guide.
         elbo: How noise is drawn.
     """
@@ -39,7 +38,7 @@ class NoisyObjective(nn.Module):
             share: Size of this batch over the mean size of those whose losses will be averaged with it.
         """
         kl, log_likelihood = self.elbo.terms(self.model, self.guide, x, y)
-        return (kl_weight * kl - share * log_likelihood) / self.model.num_data
+        return (kl_weight * kl - share * log_likelihood) / (self.model.num_data or len(x))
 
 
 class FixedNoiseObjective(nn.Module):

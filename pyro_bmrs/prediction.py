@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from pyro_bmrs.data import to_input
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.modes import evaluating
@@ -26,7 +27,7 @@ def predict(
     Args:
         model: The model.
         guide: Its guide.
-        x: Inputs, of shape ``(n, ...)``; moved to the guide's device.
+        x: Inputs, of shape ``(n, ...)``; moved to the guide's device, and divided by 255 if of dtype uint8.
         masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
             has not been removed so far. Structures that are not kept have :math:`\theta = 0`.
         batch_size: Number of examples run at once.
@@ -42,7 +43,7 @@ def predict(
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     batches = x.to(guide.device).split(batch_size)
     with evaluating(model), torch.no_grad(), fix_noise(values):
-        return torch.cat([functional_call(model.net, kept, (batch,)) for batch in batches])
+        return torch.cat([functional_call(model.net, kept, (batch,)) for batch in map(to_input, batches)])
 
 
 def _layer_names(model: NoisyNetwork) -> dict[str, MultiplicativeNoise]:

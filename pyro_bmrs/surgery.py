@@ -1,6 +1,6 @@
 """From masks to a smaller plain nn.Module, exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +13,7 @@ from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.prediction import check_masks
 from pyro_bmrs.structures import ChannelScale, Structures, find_structures, replace_module, scaled_copy
 
-__all__ = ["compact"]
+__all__ = ["check_equal", "compact", "keep_positions", "received_inputs"]
 
 _TOLERANCE = 1e-4  # relative; the surgery is exact, so anything above rounding is a fault
 
@@ -57,18 +57,18 @@ def compact(
         for site, name in located.items():
             net = _fold(net, name, structures[site], masks[site])
         for (name, side), positions in removed.items():
-            _keep_positions(net.get_submodule(name), side, (~positions).nonzero().squeeze(1))
-        _check_equal(net(example_input), expected)
+            keep_positions(net.get_submodule(name), side, (~positions).nonzero().squeeze(1))
+        check_equal(net(example_input), expected)
     return net
 
 
 def _move_constants_to_biases(net: nn.Module, removed: Mapping[tuple[str, str], Tensor], x: Tensor) -> None:
     """Add to each consumer's bias what it gets from structures about to go: f(0) of what stands between, often 0."""
     consumers = {name: gone.to(x.device) for (name, side), gone in removed.items() if side == "in" and gone.any()}
-    for name, received in _inputs_of(net, list(consumers), x).items():
+    for name, received in received_inputs(net, consumers, x).items():
         layer: Any = net.get_submodule(name)
         gone = consumers[name]
-        values = received.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)[gone]
+        values = received[gone]
         if not values.any():
             continue
         constant = values[:, 0]
@@ -82,14 +82,15 @@ def _move_constants_to_biases(net: nn.Module, removed: Mapping[tuple[str, str], 
         layer.bias = nn.Parameter(effect if layer.bias is None else layer.bias + effect)
 
 
-def _inputs_of(net: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor]:
-    """Run ``net`` on ``x`` and return the inputs of the named layers."""
+def received_inputs(net: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
+    """Run ``net`` on ``x`` and return what each input position of the named layers gets: ``(positions, values)``."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for name in names:
 
-            def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                seen[name] = inputs[0]
+            def note(layer: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                values = inputs[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+                seen[name] = torch.cat([seen[name], values], 1) if name in seen else values  # a layer used twice
 
             hooks.callback(net.get_submodule(name).register_forward_pre_hook(note).remove)
         net(x)
@@ -120,13 +121,13 @@ def _fold(net: nn.Module, name: str, parts: Structures, mask: Tensor) -> nn.Modu
 _SIZES = {"in": ("in_features", "in_channels"), "out": ("out_features", "out_channels", "num_features")}
 
 
-def _keep_positions(layer: nn.Module, side: str, kept: Tensor) -> None:
-    """Cut every tensor of a layer down to the kept positions of one side."""
+def keep_positions(layer: nn.Module, side: str, kept: Tensor) -> None:
+    """Cut every tensor of a layer down to the kept positions of one side; parameters stay the same objects."""
     dim = 1 if side == "in" else 0
-    for name, parameter in list(layer.named_parameters(recurse=False)):
+    for parameter in layer.parameters(recurse=False):
         if parameter.dim() > dim:
-            smaller = parameter.detach().index_select(dim, kept.to(parameter.device)).clone()
-            setattr(layer, name, nn.Parameter(smaller, parameter.requires_grad))
+            parameter.data = parameter.data.index_select(dim, kept.to(parameter.device))
+            parameter.grad = None
     for name, buffer in list(layer.named_buffers(recurse=False)):
         if buffer.dim() > dim:
             setattr(layer, name, buffer.index_select(dim, kept.to(buffer.device)))
@@ -135,7 +136,8 @@ def _keep_positions(layer: nn.Module, side: str, kept: Tensor) -> None:
             setattr(layer, attribute, len(kept))
 
 
-def _check_equal(found: Tensor, expected: Tensor) -> None:
+def check_equal(found: Tensor, expected: Tensor) -> None:
+    """Raise ``RuntimeError`` if surgery has changed a network's outputs by more than rounding."""
     if found.shape != expected.shape:
         raise RuntimeError(f"surgery changed the output's shape from {tuple(expected.shape)} to {tuple(found.shape)}")
     error = (found - expected).abs().max().item()

@@ -1,68 +1,39 @@
-"""Fitting: stochastic variational inference, the pruning schedule, and fine-tuning of what remains."""
+"""Fitting: stochastic variational inference, pruning, and fine-tuning of what remains."""
 
+import json
 import math
-import sys
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Categorical
+from lightning_fabric import Fabric
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_bmrs.cost import count_parameters
-from pyro_bmrs.criteria import BMRS_N, Criterion, PruningContext
-from pyro_bmrs.data import Data, check_data, check_observations
+from pyro_bmrs.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
+from pyro_bmrs.checkpoint import State, join, part, read_checkpoint, write_checkpoint
+from pyro_bmrs.criteria import BMRS_N, Criterion
+from pyro_bmrs.data import Data, check_data, check_observations, to_input
+from pyro_bmrs.devices import check_precision, make_fabric
 from pyro_bmrs.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.history import History
+from pyro_bmrs.io import PathLike
 from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.prediction import predict
-from pyro_bmrs.structures import Structures, find_structures
+from pyro_bmrs.pruner import Pruner
+from pyro_bmrs.schedule import Continuous, PostTraining, Rates
 from pyro_bmrs.training import Trainer
 
-__all__ = ["Continuous", "FitResult", "PostTraining", "fit", "resolve_device"]
+__all__ = ["FitResult", "fit"]
 
 DEFAULT_CRITERION = BMRS_N(prior_log_odds=math.log(3))
-
-
-@dataclass(frozen=True)
-class Continuous:
-    """Prune while training (algorithm 1 of the paper, upper half).
-
-    Args:
-        start: Epoch after which to prune first, counted from 1; by default the first one with the KL at its full
-            weight, since what has been fitted before is not the model's posterior.
-        every: Number of epochs between prunings.
-    """
-
-    start: int | None = None
-    every: int = 1
-
-    def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
-        """Return whether to prune after ``epoch``, counted from 1."""
-        start = kl_warmup_epochs + 1 if self.start is None else self.start
-        return epoch >= start and (epoch - start) % self.every == 0
-
-
-@dataclass(frozen=True)
-class PostTraining:
-    """Prune after training (algorithm 1, lower half): rank once, remove progressively, stop where the criterion does.
-
-    Args:
-        levels: Increasing fractions of all structures to remove.
-        epochs_per_level: Epochs of fine-tuning at each level.
-        stop: Whether to stop at the last structure that the criterion supports removing; otherwise all levels are
-            visited in the order of the scores.
-    """
-
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-    epochs_per_level: int = 1
-    stop: bool = True
+DEFAULT_PRUNING = Continuous()
 
 
 @dataclass(frozen=True)
@@ -70,13 +41,14 @@ class FitResult:
     """What ``fit`` returns; the model and the guide themselves are fitted in place.
 
     Attributes:
-        masks: For each site a bool tensor of shape ``(size,)``, True = kept.
+        masks: For each site a bool tensor of shape ``(size,)``, True = kept, in the numbering of the network that was
+            given to ``fit``. Where the fit has shrunk it, ``compact(model, guide, None, ...)`` takes the model's own.
         scores: For each site the criterion's score of each structure when it was last judged, of shape ``(size,)``;
             removed where >= 0. Empty if nothing was judged.
         history: One record an epoch: ``epoch``, ``phase``, ``loss`` (nats an example), ``kl`` (nats), ``kl_weight``,
             ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
             ``log_likelihood_validation`` (nats an example) and, for class labels, ``accuracy_validation``.
-        seconds: Wall time of the whole fit.
+        seconds: Wall time of the whole fit, all sessions of a resumed one together.
     """
 
     masks: dict[str, Tensor]
@@ -97,7 +69,7 @@ def fit(
     validation: Data | None = None,
     *,
     criterion: Criterion | None = DEFAULT_CRITERION,
-    pruning: Continuous | PostTraining = Continuous(),
+    pruning: Continuous | PostTraining = DEFAULT_PRUNING,
     epochs: int = 30,
     fine_tune_epochs: int = 10,
     batch_size: int = 128,
@@ -106,9 +78,15 @@ def fit(
     kl_warmup_epochs: int | None = None,
     granularity: Granularity = "example",
     device: str | torch.device = "auto",
+    precision: str = "32-true",
+    fabric: Fabric | None = None,
+    compile: bool = False,  # noqa: A002  (torch's name for it)
     seed: int | None = None,
     progress: bool = True,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    folder: PathLike | None = None,
+    checkpoint_every: int = 1,
+    resume: bool = False,
 ) -> FitResult:
     r"""Fit weights and posterior by SVI, remove what the criterion does not support, and fine-tune the rest.
 
@@ -119,13 +97,14 @@ def fit(
     Args:
         model: The model; its ``num_data`` is filled in if None. Fitted in place, and left in eval mode.
         guide: Its guide. Fitted in place.
-        train: Inputs ``(n, ...)`` and observations ``(n, ...)``, as a pair of tensors or a ``TensorDataset``.
+        train: Inputs ``(n, ...)`` and observations ``(n, ...)``, as a pair of tensors or a ``TensorDataset``. Inputs
+            of dtype uint8 are kept as they are until used, and then divided by 255.
         validation: The same, to report on after every epoch; never used to decide anything.
         criterion: What to remove; None removes nothing.
         pruning: When to remove: ``Continuous()`` or ``PostTraining()``.
         epochs: Epochs with noise.
         fine_tune_epochs: Epochs without (of post-training pruning: after the last level).
-        batch_size: At most this many examples a step.
+        batch_size: At most this many examples a step, over all processes.
         lr: Initial learning rate of the weights.
         posterior_lr: Initial learning rate of the posterior's parameters, in units of :math:`\log\theta`;
             by default 50 times ``lr``: locations have to travel, weights do not.
@@ -134,64 +113,87 @@ def fit(
             before they have learned anything.
         granularity: How often noise is drawn, see ``MeanFieldELBO``.
         device: ``"auto"`` takes CUDA if there is a device.
+        precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; posterior and KL stay in float32
+            or better.
+        fabric: A launched ``lightning_fabric.Fabric`` instead of ``device`` and ``precision``: several processes (DDP,
+            under torchrun or SLURM too) and loggers (TensorBoard, W&B). Every process calls ``fit`` with the same
+            arguments and gets the same result; each draws its own noise.
+        compile: Whether to compile steps, which takes its time once (on CUDA to capture them as a graph, which does
+            not): for long fits.
         seed: Seed of data order and noise; the caller's random state is left alone. None draws from it instead.
         progress: Whether to show a progress bar.
-        on_epoch: Called with each record of the history as it is made.
+        callbacks: Told of every epoch, every pruning and the end.
+        folder: Where to keep ``metrics.jsonl``, a line an epoch, and ``checkpoint/fit.safetensors``.
+        checkpoint_every: Epochs between checkpoints; there is always one at the end.
+        resume: Whether to go on from the checkpoint in ``folder``, if there is one, to the same result, to the bit on
+            a CPU, as a fit without interruption. One that is finished is only read.
 
     Returns:
         Masks, last scores and the history.
 
     Raises:
         TypeError, ValueError: If the data or an argument does not fit; before training starts.
-        FloatingPointError: If the loss or a parameter stops being finite; names the step and the site.
+        FloatingPointError: If the loss, a gradient or a parameter stops being finite; names the step, what is not
+            finite, and the last good checkpoint.
+        FileExistsError: If there is a checkpoint in ``folder`` already and ``resume`` is False.
+        OSError: If a checkpoint cannot be written; the last good one stays.
     """
-    started = time.perf_counter()
     posterior_lr = 50 * lr if posterior_lr is None else posterior_lr
     kl_warmup_epochs = epochs // 4 if kl_warmup_epochs is None else kl_warmup_epochs
     _check_numbers(
-        positive={"lr": lr, "posterior_lr": posterior_lr},
+        positive={"lr": lr, "posterior_lr": posterior_lr, "checkpoint_every": checkpoint_every},
         not_negative={"epochs": epochs, "fine_tune_epochs": fine_tune_epochs, "kl_warmup_epochs": kl_warmup_epochs},
     )
     x, y = check_data(train, "train")
-    if not 1 <= batch_size <= len(x):
-        raise ValueError(f"batch_size must lie between 1 and the {len(x)} training examples, but got {batch_size}")
-    target = resolve_device(device)
-    model.to(target)
-    guide.to(target)
-    training_data = (x.to(target), y.to(target))
-    held_out = None
-    if validation is not None:
-        x_held_out, y_held_out = check_data(validation, "validation")
-        held_out = (x_held_out.to(target), y_held_out.to(target))
-    level_epochs = len(pruning.levels) * pruning.epochs_per_level if isinstance(pruning, PostTraining) else 0
-    bar = tqdm(
-        total=epochs + level_epochs + fine_tune_epochs,
-        unit="epoch",
-        disable=not progress,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    )
-    with bar, _local_settings(seed, target):
-        check_observations(model, *training_data, "train")
+    held_out = None if validation is None else check_data(validation, "validation")
+    fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
+    if not fabric.world_size <= batch_size <= len(x):
+        raise ValueError(
+            f"batch_size must lie between {fabric.world_size} and the {len(x)} training examples, but got {batch_size}"
+        )
+    model.num_data = len(x) if model.num_data is None else model.num_data
+    model.to(fabric.device)
+    guide.to(fabric.device)
+    plan = _plan(epochs, pruning, fine_tune_epochs)
+    rates = Rates(lr, posterior_lr, len(plan), epochs, kl_warmup_epochs)
+    settings = {
+        "criterion": re.sub(" at 0x[0-9a-f]+", "", repr(criterion)),
+        "pruning": repr(pruning),
+        "rates": repr(rates),
+        "batch_size": batch_size,
+        "granularity": granularity,
+        "kl_weight": model.kl_weight,
+        "num_data": model.num_data,
+        "sizes": model.sizes,
+        "processes": fabric.world_size,
+        "precision": fabric.strategy.precision.precision,
+        "seed": seed,
+    }
+    path = None if folder is None else _checkpoint_path(Path(folder), resume)
+    listeners = [FabricLoggers(fabric), *callbacks]
+    if folder is not None:
+        listeners.append(JSONLines(Path(folder) / "metrics.jsonl"))
+    if progress:
+        listeners.append(ProgressBar())
+    with _local_settings(seed, fabric) as order, closing(Callbacks(listeners if fabric.is_global_zero else [])) as told:
+        check_observations(model, x, y, "train")
         if held_out is not None:
             check_observations(model, *held_out, "validation")
-        trainer = Trainer(model, guide, MeanFieldELBO(granularity), training_data, batch_size)
-        trainer.set_rates(lr, posterior_lr, epochs, epochs + level_epochs + fine_tune_epochs)
-        pruner = _Pruner(model, guide, criterion, (x[:batch_size].to(target), y[:batch_size].to(target)))
-        history = _History(model, guide, pruner.structures, held_out, bar, on_epoch)
-        for epoch in range(1, epochs + 1):
-            loss = trainer.noisy_epoch(kl_warmup_epochs)
-            if isinstance(pruning, Continuous) and pruning.is_due(epoch, kl_warmup_epochs):
-                pruner.remove_supported()
-            history.record("noisy", loss)
-        pruner.restore_removed()
-        if isinstance(pruning, PostTraining):
-            for level, removed in pruner.remove_by_levels(pruning):
-                for _ in range(pruning.epochs_per_level):
-                    history.record("post-training", trainer.fine_tune_epoch(), level=level, removed=removed)
-        for _ in range(fine_tune_epochs):
-            history.record("fine-tune", trainer.fine_tune_epoch())
-    model.eval()
-    return FitResult(model.masks, pruner.scores, history.entries, time.perf_counter() - started)
+            held_out = (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
+        first = (to_input(x[:batch_size].to(fabric.device)), y[:batch_size].to(fabric.device))
+        pruner = Pruner(model, guide, criterion, first)
+        history = History(model, guide, pruner, held_out)
+        trainer = Trainer(fabric, model, guide, MeanFieldELBO(granularity), (x, y), batch_size, rates, order, compile)
+        run = _Run(model, guide, trainer, pruner, history, settings, path)
+        if path is not None and path.exists():
+            run.resume()
+        if run.position < len(plan):
+            told.on_start(len(plan), history.entries)
+            run.go(plan, pruning, kl_warmup_epochs, checkpoint_every, told)
+        model.eval()
+        result = FitResult(pruner.masks, pruner.scores, history.entries, run.seconds)
+        told.on_end(result)
+    return result
 
 
 def _check_numbers(positive: Mapping[str, float], not_negative: Mapping[str, float]) -> None:
@@ -203,150 +205,176 @@ def _check_numbers(positive: Mapping[str, float], not_negative: Mapping[str, flo
             raise ValueError(f"{name} must not be negative, but got {value}")
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device called ``device``; ``"auto"`` is CUDA where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+def _check_fabric(fabric: Fabric) -> Fabric:
+    check_precision(fabric.strategy.precision.precision)
+    if fabric.world_size > 1 and not torch.distributed.is_initialized():
+        raise ValueError(f"the Fabric of {fabric.world_size} processes is not launched: call fabric.launch() first")
+    return fabric
+
+
+def _checkpoint_path(folder: Path, resume: bool) -> Path:
+    path = folder / "checkpoint" / "fit.safetensors"
+    if path.exists() and not resume:
+        raise FileExistsError(
+            f"{path} is the checkpoint of an earlier fit: go on from it with resume=True, or choose another folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @contextmanager
-def _local_settings(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed, and switch off validation of what has been validated already, for the time of a fit only."""
-    devices = [device] if device.type == "cuda" and seed is not None else []
-    with torch.random.fork_rng(devices, enabled=seed is not None), pyro.validation_enabled(False):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
+def _local_settings(seed: int | None, fabric: Fabric) -> Iterator[torch.Generator]:
+    """Seed noise and data order, and switch off validation of what has been validated already, for a fit only.
+
+    Yields the generator of the data order, which all processes share; their noise has a seed each.
+    """
+    drawn = int(torch.randint(2**31, ())) if seed is None else seed
+    shared = fabric.broadcast(drawn)
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), pyro.validation_enabled(False):
+        torch.manual_seed(shared + fabric.global_rank)
+        yield torch.Generator().manual_seed(shared)
 
 
-class _Pruner:
-    """Asks the criterion and removes what it says; keeps the posteriors for which structures were removed."""
+@dataclass(frozen=True)
+class _Planned:
+    """One epoch to come: its phase, and for post-training pruning the level before it and its own."""
+
+    phase: str
+    before: float | None = None
+    level: float | None = None
+
+
+_NOISY = _Planned("noisy")
+
+
+def _plan(epochs: int, pruning: Continuous | PostTraining, fine_tune_epochs: int) -> list[_Planned]:
+    plan = [_NOISY] * epochs
+    if isinstance(pruning, PostTraining):
+        for before, level in zip((None, *pruning.levels), pruning.levels, strict=False):
+            plan += [_Planned("post-training", before, level)] * pruning.epochs_per_level
+    return plan + [_Planned("fine-tune")] * fine_tune_epochs
+
+
+class _Run:
+    """A fit under way: what to do next, and the state that a checkpoint keeps."""
 
     def __init__(
         self,
         model: NoisyNetwork,
         guide: FlatGuide,
-        criterion: Criterion | None,
-        batch: tuple[Tensor, Tensor],
+        trainer: Trainer,
+        pruner: Pruner,
+        history: History,
+        settings: dict[str, Any],
+        path: Path | None,
     ) -> None:
-        self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
-        self.structures = find_structures(model.net, batch[0][:2])
-        self.scores: dict[str, Tensor] = {}
-        self._at_removal = [parameter.detach().clone() for parameter in guide.parameters()]
+        self.model, self.guide, self.trainer, self.pruner, self.history = model, guide, trainer, pruner, history
+        self.settings, self.path = settings, path
+        self.position, self._saved_at = 0, 0
+        self._started, self._seconds_before = time.perf_counter(), 0.0
 
-    def remove_supported(self) -> None:
-        """Remove what the criterion supports removing."""
-        if self.criterion is not None:
-            context = self._context()
-            scores = self.criterion.scores(context)
-            self._note(scores)
-            self._remove(self.criterion.supported(context, scores))
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
 
-    def remove_by_levels(self, schedule: PostTraining) -> Iterator[tuple[float, int]]:
-        """Remove the highest scores first, and yield each level and the number removed once it is reached."""
-        if self.criterion is None:
+    def go(
+        self,
+        plan: list[_Planned],
+        pruning: Continuous | PostTraining,
+        kl_warmup_epochs: int,
+        checkpoint_every: int,
+        told: Callback,
+    ) -> None:
+        """Run the epochs of the plan from where we are."""
+        noisy = plan.count(_NOISY)
+        if self.position == noisy == 0:
+            self._end_noise(pruning)
+        try:
+            while self.position < len(plan):
+                record = self._epoch(plan[self.position], pruning, kl_warmup_epochs, told)
+                self.position += 1
+                if self.position == noisy:
+                    self._end_noise(pruning)
+                if record is not None:
+                    told.on_epoch_end(record)
+                if self.position % checkpoint_every == 0 or self.position == len(plan):
+                    self._save()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. Lower lr or posterior_lr{self._last_good()}") from None
+
+    def _epoch(
+        self, planned: _Planned, pruning: Continuous | PostTraining, kl_warmup_epochs: int, told: Callback
+    ) -> dict[str, Any] | None:
+        epoch = self.position + 1
+        if planned == _NOISY:
+            loss = self.trainer.noisy_epoch()
+            if isinstance(pruning, Continuous) and pruning.is_due(epoch, kl_warmup_epochs):
+                told.on_pruning(epoch, self.pruner.remove_supported())
+                if pruning.shrink and self.pruner.shrink(self.trainer.optimizer):
+                    self.trainer.network_changed()
+            return self.history.record("noisy", loss)
+        if planned.level is None:
+            return self.history.record("fine-tune", self.trainer.fine_tune_epoch())
+        if self.pruner.is_exhausted(planned.before):
+            return None
+        removed = self.pruner.remove_to(planned.level)
+        if sum(removed.values()):
+            told.on_pruning(epoch - 1, removed)
+        loss = self.trainer.fine_tune_epoch()
+        return self.history.record("post-training", loss, level=planned.level, removed=self.pruner.count(planned.level))
+
+    def _end_noise(self, pruning: Continuous | PostTraining) -> None:
+        self.pruner.restore_removed()
+        if isinstance(pruning, PostTraining):
+            self.pruner.rank(pruning)
+
+    def _save(self) -> None:
+        """Write a checkpoint; a disk that fails us costs the checkpoint, not the run."""
+        if self.path is None:
             return
-        context = self._context()
-        scores = self.criterion.scores(context)
-        supported = torch.cat(list(self.criterion.supported(context, scores).values()))
-        self._note(scores)
-        flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
-        by_score = flat.argsort(descending=True)
-        order = by_score[supported[by_score].argsort(descending=True, stable=True)]  # supported ones first
-        limit = int(supported.sum()) if schedule.stop else len(order)
-        for level in schedule.levels:
-            count = min(round(level * len(order)), limit)
-            self._remove(self.guide.split(torch.zeros_like(supported).index_fill(0, order[:count], True)))
-            yield level, count
-            if count == limit:
-                return
+        of_fit = {"position": self.position, "seconds": self.seconds, "settings": self.settings}
+        state = join(
+            {
+                "fit": State(self.pruner.positions, of_fit),
+                "model": State(self.model.state_dict()),
+                "guide": State(self.guide.state_dict()),
+                "trainer": self.trainer.state(),
+                "pruner": self.pruner.state(),
+                "history": self.history.state(),
+            }
+        )
+        if not self.trainer.fabric.is_global_zero:
+            return
+        try:
+            write_checkpoint(self.path, state)
+        except OSError as error:
+            warnings.warn(f"{error}; the fit goes on", RuntimeWarning, stacklevel=5)
+        else:
+            self._saved_at = len(self.history.entries)
 
-    def restore_removed(self) -> None:
-        """Give removed structures back the posteriors they were removed for; Adam's momentum has moved them on."""
-        removed = ~self.guide.keep
-        with torch.no_grad():
-            for saved, parameter in zip(self._at_removal, self.guide.parameters(), strict=True):
-                parameter[removed] = saved[removed]
+    def resume(self) -> None:
+        """Take up the state that the checkpoint keeps.
 
-    def _context(self) -> PruningContext:
-        return PruningContext(self.model.eval(), self.guide, self.structures, *self.batch)
+        Raises:
+            ValueError: If it is of a fit with other settings.
+        """
+        assert self.path is not None
+        state = read_checkpoint(self.path)
+        of_fit = part(state, "fit")
+        then, now = of_fit.info["settings"], json.loads(json.dumps(self.settings))
+        changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+        if changed:
+            raise ValueError(f"{self.path} is of a fit with other settings: {'; '.join(changed)}")
+        self.pruner.shrink_to(of_fit.tensors, self.trainer.optimizer)
+        self.model.load_state_dict(part(state, "model").tensors)
+        self.guide.load_state_dict(part(state, "guide").tensors)
+        for each, name in ((self.pruner, "pruner"), (self.history, "history"), (self.trainer, "trainer")):
+            each.restore(part(state, name))
+        self.position, self._seconds_before = of_fit.info["position"], of_fit.info["seconds"]
+        self._saved_at = len(self.history.entries)
 
-    def _note(self, scores: Mapping[str, Tensor]) -> None:
-        masks = self.model.masks
-        self.scores = {
-            site: torch.where(masks[site], score, self.scores.get(site, score)) for site, score in scores.items()
-        }
-
-    def _remove(self, removed: Mapping[str, Tensor]) -> None:
-        newly = torch.cat([removed[site] for site in self.guide.sizes]) & self.guide.keep
-        for saved, parameter in zip(self._at_removal, self.guide.parameters(), strict=True):
-            saved[newly] = parameter.detach()[newly]
-        for site, layer in self.model.noise.items():
-            alive = bool(layer.keep.any())
-            layer.remove(removed[site])
-            if alive and not bool(layer.keep.any()):
-                warnings.warn(
-                    f"{site!r} has lost all its structures: the network's output no longer depends on what comes "
-                    "before; lower model.kl_weight, or prune later",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-
-
-class _History:
-    """Records each epoch, shows it on the bar and passes it on."""
-
-    def __init__(
-        self,
-        model: NoisyNetwork,
-        guide: FlatGuide,
-        structures: Mapping[str, Structures],
-        validation: tuple[Tensor, Tensor] | None,
-        bar: "tqdm[Any]",
-        on_epoch: Callable[[dict[str, Any]], None] | None,
-    ) -> None:
-        self.model, self.guide, self.structures, self.validation = model, guide, structures, validation
-        self.bar, self.on_epoch = bar, on_epoch
-        self.entries: list[dict[str, Any]] = []
-        self._parameters_dense = count_parameters(model.net)
-        self._last = time.perf_counter()
-
-    def record(self, phase: str, loss: float, **extra: float) -> None:
-        """Append the epoch that has just ended."""
-        masks = self.model.masks
-        parameters = count_parameters(self.model.net, self.structures, masks)
-        metrics = self._validate()
-        now = time.perf_counter()
-        entry: dict[str, Any] = {
-            "epoch": len(self.entries) + 1,
-            "phase": phase,
-            "loss": loss,
-            "kl": self.guide.kl().item(),
-            "kl_weight": self.model.kl_weight,
-            "structures": sum(int(mask.sum()) for mask in masks.values()),
-            "parameters": parameters,
-            "compression": 1 - parameters / self._parameters_dense,
-            **extra,
-            **metrics,
-            "seconds": now - self._last,
-        }
-        self._last = now
-        self.entries.append(entry)
-        shown = {"loss": f"{loss:.3g}", "removed": f"{100 * entry['compression']:.1f} %"}
-        if "accuracy_validation" in entry:
-            shown["accuracy"] = f"{100 * entry['accuracy_validation']:.2f} %"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        if self.on_epoch is not None:
-            self.on_epoch(entry)
-
-    def _validate(self) -> dict[str, float]:
-        if self.validation is None:
-            return {}
-        x, y = self.validation
-        observed = self.model.likelihood(predict(self.model, self.guide, x))
-        metrics = {"log_likelihood_validation": observed.log_prob(y).mean().item()}
-        if isinstance(observed, Categorical):
-            metrics["accuracy_validation"] = (observed.logits.argmax(-1) == y).double().mean().item()
-        return metrics
+    def _last_good(self) -> str:
+        if not self._saved_at:
+            return ""
+        return f"; the last good checkpoint, {self.path}, is of the end of epoch {self._saved_at}"

@@ -1,103 +1,190 @@
 """Epochs: of SVI with noise, and of the weights alone with every noise at its posterior mean."""
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
+from lightning_fabric import Fabric
+from torch import Generator, Tensor, nn
 
+from pyro_bmrs.checkpoint import State
+from pyro_bmrs.data import to_input
+from pyro_bmrs.devices import place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
+from pyro_bmrs.schedule import Rates
+from pyro_bmrs.steps import NonFiniteLossError, Step, make_step
 
 __all__ = ["Trainer"]
 
+_CHECK_EVERY = 100  # steps between looks at the losses
+
 
 class Trainer:
-    """Optimiser, schedule and step count of one fit.
+    """Optimiser, schedule, data order and step count of one fit.
 
     Args:
-        model: The model, on the device of the data.
-        guide: Its guide.
+        fabric: Where it runs.
+        model: The model, on the device.
+        guide: Its guide, likewise.
         elbo: The objective of the epochs with noise.
-        data: Inputs and observations.
-        batch_size: At most this many examples a step; batches of an epoch differ in size by at most one.
+        data: Inputs and observations; on a device with room for them they stay there.
+        batch_size: At most this many examples a step, over all processes; batches of an epoch differ in size by at
+            most one.
+        rates: Learning rates and KL weight over the epochs.
+        order: Generator of the order of the data, in the same state in all processes.
+        compile: Whether to compile steps, or on CUDA to capture them.
     """
 
     def __init__(
         self,
+        fabric: Fabric,
         model: NoisyNetwork,
         guide: FlatGuide,
         elbo: MeanFieldELBO,
         data: tuple[Tensor, Tensor],
         batch_size: int,
+        rates: Rates,
+        order: Generator,
+        compile: bool = False,  # noqa: A002  (torch's name for it)
     ) -> None:
-        self.model, self.guide, self.elbo, self.data, self.batch_size = model, guide, elbo, data, batch_size
-        self.num_data = len(data[0]) if model.num_data is None else model.num_data
-        model.num_data = self.num_data
+        self.fabric, self.model, self.guide, self.elbo = fabric, model, guide, elbo
+        self.rates, self.order, self.compile = rates, order, compile
+        self.data = (place(data[0], fabric.device), place(data[1], fabric.device))
+        self.batch_size = batch_size
         self.steps_per_epoch = math.ceil(len(data[0]) / batch_size)
-        self.full_kl_weight = model.kl_weight
         self.step = 0
+        self.optimizer = self._make_optimizer()
+        self._noisy_step: Step | None = None
+        self._fixed_noise_step: Step | None = None
 
-    def set_rates(self, lr: float, posterior_lr: float, noisy_epochs: int, epochs: int) -> None:
-        """Give weights and posterior their rates, decaying to zero over all epochs and over those with noise."""
-        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups = [{"params": weights, "lr": lr}, {"params": list(self.guide.parameters()), "lr": posterior_lr}]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        decays = [_cosine(count * self.steps_per_epoch) for count in (epochs, noisy_epochs)]
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, decays)
-
-    def noisy_epoch(self, kl_warmup_epochs: int) -> float:
+    def noisy_epoch(self) -> float:
         """Run one epoch of SVI and return its mean loss, in nats an example."""
-        warmup_steps = kl_warmup_epochs * self.steps_per_epoch
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            self.model.kl_weight = self.full_kl_weight * min(1.0, (self.step + 1) / (warmup_steps + 1))
-            return self.elbo.differentiable_loss(self.model, self.guide, x, y) / self.num_data
-
-        try:
-            return self._epoch(loss)
-        finally:
-            self.model.kl_weight = self.full_kl_weight
+        if self._noisy_step is None:
+            self._noisy_step = self._prepare(NoisyObjective(self.model, self.guide, self.elbo))
+        return self._epoch(self._noisy_step)
 
     def fine_tune_epoch(self) -> float:
         """Run one epoch of the weights alone and return the mean negative log likelihood, in nats an example."""
-        means = {site: mean.detach() for site, mean in self.guide.mean().items()}
+        if self._fixed_noise_step is None:
+            self._fixed_noise_step = self._prepare(FixedNoiseObjective(self.model, self.guide.mean()))
+        return self._epoch(self._fixed_noise_step)
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            with fix_noise(means):
-                return -self.model.likelihood(self.model.net(x)).log_prob(y).mean()
+    def network_changed(self) -> None:
+        """Hear that parameters have been replaced by smaller ones."""
+        self._noisy_step = self._fixed_noise_step = None
 
-        return self._epoch(loss)
+    def state(self) -> State:
+        """Return all that a resumed fit needs to know: optimiser, step, data order and random state."""
+        tensors, info = {}, {"step": self.step}
+        for i, parameter in enumerate(self._parameters()):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{i}.{name}"] = value
+        tensors["order"] = self.order.get_state()
+        tensors["random"] = self._of_all_processes(torch.get_rng_state())
+        if self.fabric.device.type == "cuda":
+            tensors["random_cuda"] = self._of_all_processes(torch.cuda.get_rng_state(self.fabric.device))
+        return State(tensors, info)
 
-    def _epoch(self, loss_of_batch: Callable[[Tensor, Tensor], Tensor]) -> float:
+    def restore(self, state: State) -> None:
+        """Take up what ``state`` returned; parameters must have their shapes already."""
+        self.step = state.info["step"]
+        for i, parameter in enumerate(self._parameters()):
+            names = [name for name in state.tensors if name.startswith(f"optimizer.{i}.")]
+            values = {name.rpartition(".")[2]: state.tensors[name] for name in names}
+            on_device = self.fabric.device.type == "cuda"  # fused Adam counts steps where the parameters are
+            if values:
+                self.optimizer.state[parameter] = {
+                    name: value.to(parameter.device) if on_device or value.dim() else value
+                    for name, value in values.items()
+                }
+        self.order.set_state(state.tensors["order"].cpu())
+        rank = self.fabric.global_rank
+        torch.set_rng_state(state.tensors["random"][rank].cpu())
+        if "random_cuda" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors["random_cuda"][rank].cpu(), self.fabric.device)
+
+    def _of_all_processes(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes, stacked."""
+        gathered: Any = self.fabric.all_gather(tensor)
+        return gathered.reshape(self.fabric.world_size, *tensor.shape)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        captured = self.compile and self.fabric.device.type == "cuda"
+        rates = [torch.tensor(rate, device=self.fabric.device) if captured else rate for rate in self._rates()]
+        groups = [{"params": weights, "lr": rates[0]}, {"params": list(self.guide.parameters()), "lr": rates[1]}]
+        return torch.optim.Adam(groups, fused=True, capturable=captured)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _rates(self) -> tuple[float, float]:
+        return self.rates.learning_rates(self.step / self.steps_per_epoch)
+
+    def _set_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _prepare(self, objective: nn.Module) -> Step:
+        return make_step(objective, self.optimizer, self.fabric, self.compile)
+
+    def _epoch(self, step: Step) -> float:
         self.model.train()
-        x, y = self.data
-        losses = []
-        for batch in torch.randperm(len(x), device=x.device).tensor_split(self.steps_per_epoch):
-            self.optimizer.zero_grad()
-            loss = loss_of_batch(x[batch], y[batch])
-            if not loss.is_cuda and not math.isfinite(loss.item()):
-                raise self._not_finite(f"the loss became {loss.item()} at step {self.step}")
-            loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
-            losses.append(loss.detach())
+        losses: list[Tensor] = []
+        total = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+        order = torch.randperm(len(self.data[0]), generator=self.order)
+        for batch in order.tensor_split(self.steps_per_epoch):
+            self._set_rates()
+            kl_weight = self.model.kl_weight * self.rates.kl_share(self.step, self.steps_per_epoch)
+            try:
+                losses.append(step(*self._fetch(batch), kl_weight, self._share(batch)))
+            except NonFiniteLossError as error:
+                raise self._not_finite(self.step, error.loss) from None
+            self.guide.project_()
             self.step += 1
-        record = torch.stack(losses)  # on a GPU, finite or not is asked once an epoch: asking stalls it
-        finite = torch.isfinite(record)
+            if len(losses) == _CHECK_EVERY or self.step % self.steps_per_epoch == 0:
+                total += self._finite_sum(losses)
+                losses = []
+        if culprits := self._non_finite_tensors():
+            raise FloatingPointError(f"a parameter stopped being finite by step {self.step - 1}: {_list(culprits)}")
+        return float(self._of_all_processes(total / self.steps_per_epoch).mean())
+
+    def _fetch(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this process's share of a batch, on its device."""
+        mine = batch.tensor_split(self.fabric.world_size)[self.fabric.global_rank]
+        x, y = (part[mine.to(part.device)].to(self.fabric.device, non_blocking=True) for part in self.data)
+        return to_input(x), y
+
+    def _share(self, batch: Tensor) -> float:
+        """Return the size of this process's part of a batch over the mean part, so that their losses average right."""
+        world = self.fabric.world_size
+        return len(batch.tensor_split(world)[self.fabric.global_rank]) * world / len(batch)
+
+    def _finite_sum(self, losses: list[Tensor]) -> Tensor:
+        """Return the sum of the last losses; on a GPU this is where they are first looked at, which stalls it."""
+        values = torch.stack(losses).double()
+        finite = torch.isfinite(values)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0])
-            raise self._not_finite(f"the loss became {record[first].item()} at step {self.step - len(losses) + first}")
-        if self._non_finite_tensors():
-            raise self._not_finite(f"a parameter stopped being finite by step {self.step}")
-        return record.mean().item()
+            raise self._not_finite(self.step - len(losses) + first, float(values[first]))
+        return values.sum()
 
-    def _not_finite(self, what: str) -> FloatingPointError:
-        culprits = self._non_finite_tensors() or [self._first_non_finite_input()]
-        return FloatingPointError(f"{what}; not finite: {', '.join(culprits[:3])}. Lower lr or posterior_lr")
+    def _not_finite(self, step: int, loss: float) -> FloatingPointError:
+        """Return the error to raise where the loss of ``step`` is not finite: what is at fault, and since when."""
+        culprits = self._non_finite_tensors()
+        if not culprits:
+            return FloatingPointError(f"the loss became {loss} at step {step}: {self._first_non_finite_input()}")
+        if self.fabric.device.type == "cuda":
+            return FloatingPointError(f"the loss became {loss} at step {step}: {_list(culprits)}")
+        return FloatingPointError(f"the gradient stopped being finite at step {step - 1}: {_list(culprits)}")
 
     def _non_finite_tensors(self) -> list[str]:
         named: dict[str, Tensor] = {f"weight {name!r}": p for name, p in self.model.net.named_parameters()}
@@ -112,14 +199,15 @@ class Trainer:
         with ExitStack() as hooks, fix_noise(self.guide.mean()):
             for site, layer in self.model.noise.items():
 
-                def check(_: torch.nn.Module, inputs: tuple[Tensor, ...], site: str = site) -> None:
+                def check(_: nn.Module, inputs: tuple[Tensor, ...], site: str = site) -> None:
                     if not bool(torch.isfinite(inputs[0]).all()):
                         found.append(site)
 
                 hooks.callback(layer.register_forward_pre_hook(check).remove)
-            self.model.net(self.data[0][: self.batch_size])
-        return f"the input of site {found[0]!r}" if found else "the likelihood of the network's output"
+            self.model.net(self._fetch(torch.arange(self.batch_size))[0])
+        return f"the input of site {found[0]!r} is not finite" if found else "the likelihood itself is not finite"
 
 
-def _cosine(steps: int) -> Callable[[int], float]:
-    return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
+def _list(culprits: list[str]) -> str:
+    more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+    return f"{', '.join(culprits[:3])}{more} are not finite"

@@ -1,6 +1,7 @@
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 import pyro_bmrs as bmrs
@@ -37,6 +38,19 @@ def test_removal_adds_up_and_survives_the_state_dict():
     layer.remove(torch.tensor([False, True, False]))
     other.load_state_dict(layer.state_dict())
     assert other.keep.tolist() == [False, False, True]
+
+
+def test_selecting_takes_mask_prior_and_site_along():
+    prior = bmrs.LogUniform(torch.tensor([-3.0, -4.0, -5.0]), torch.tensor(0.0).expand(3))
+    model = bmrs.NoisyNetwork(nn.Sequential(bmrs.MultiplicativeNoise(3, prior=prior), nn.Linear(3, 2)))
+    layer = model.net[0]
+    layer.remove(torch.tensor([False, True, False]))
+    model(torch.randn(4, 3))
+    layer.select(torch.tensor([1, 2]))
+    assert model.masks["0.theta"].tolist() == [False, True]
+    assert layer.prior.log_low.tolist() == [-4.0, -5.0]
+    site = poutine.trace(layer).get_trace(torch.randn(4, 2)).nodes["0.theta"]
+    assert (site["fn"].event_shape, site["value"].shape) == ((2,), (2,))
 
 
 def test_a_prior_of_its_own_travels_with_the_layer():

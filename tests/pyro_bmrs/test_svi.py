@@ -1,14 +1,17 @@
 import math
 from itertools import pairwise
 
+import processes
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from nets import blobs, small_classifier
+from processes import data
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.devices import resolve_device
 
 QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 
@@ -28,7 +31,12 @@ def test_history_and_masks_agree_with_the_surgery():
     x, y = blobs()
     model, guide = small_classifier()
     seen = []
-    result = bmrs.fit(model, guide, (x, y), (x, y), on_epoch=seen.append, **{**QUICK, "epochs": 30})
+
+    class Seen(bmrs.Callback):
+        def on_epoch_end(self, record):
+            seen.append(record)
+
+    result = bmrs.fit(model, guide, (x, y), (x, y), callbacks=[Seen()], **{**QUICK, "epochs": 30})
     small = bmrs.compact(model, guide, result.masks, x[:4])
     assert result.history == seen
     assert [entry["phase"] for entry in seen] == ["noisy"] * 30 + ["fine-tune"] * 2
@@ -118,6 +126,48 @@ def test_continuous_pruning_keeps_its_schedule():
     assert [epoch for epoch in range(1, 6) if bmrs.Continuous().is_due(epoch, kl_warmup_epochs=3)] == [4, 5]
 
 
+def test_shrinking_while_training_is_masking():
+    x, y = data()
+    fits = []
+    for shrink in (False, True):
+        model, guide = processes.build(processes.MedianGuide)
+        pruning = bmrs.Continuous(start=2, shrink=shrink)
+        seen = Diary()
+        result = bmrs.fit(
+            model, guide, (x, y), (x, y), criterion=LowestMean(), pruning=pruning, callbacks=[seen], **QUICK
+        )
+        small = bmrs.compact(model, guide, None, x[:4])
+        history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in result.history]
+        fits.append((small(x), result.masks, history, seen.removed))
+        assert sum(p.numel() for p in small.parameters()) == result.history[-1]["parameters"]
+        if shrink:
+            assert bmrs.count_parameters(model.net) == result.history[-1]["parameters"]
+    torch.testing.assert_close(*(each[:2] for each in fits), rtol=0, atol=1e-9)
+    for masked, shrunk in zip(fits[0][2], fits[1][2], strict=True):
+        assert masked.pop("phase") == shrunk.pop("phase")
+        assert masked == pytest.approx(shrunk, rel=1e-9)
+    assert fits[0][3] == fits[1][3]
+    assert sum(count for _, removed in fits[0][3] for count in removed.values()) > 10
+
+
+class LowestMean(bmrs.Criterion):
+    """Removes two structures of each site at every pruning, those with the smallest noise."""
+
+    def scores(self, context):
+        means = {
+            site: mean.masked_fill(~context.model.masks[site], math.inf) for site, mean in context.guide.mean().items()
+        }
+        return {site: mean.topk(2, largest=False).values[-1] - mean for site, mean in means.items()}
+
+
+class Diary(bmrs.Callback):
+    def __init__(self):
+        self.removed = []
+
+    def on_pruning(self, epoch, removed):
+        self.removed.append((epoch, removed))
+
+
 @pytest.mark.parametrize("stop", [True, False])
 def test_post_training_pruning_removes_by_score_level_by_level(stop):
     x, y = blobs()
@@ -179,7 +229,7 @@ def test_global_settings_are_left_alone():
 
 def test_weights_that_explode_stop_the_run():
     model, guide = small_classifier()
-    with pytest.raises(FloatingPointError, match=r"at step \d+; not finite: .*Lower lr"):
+    with pytest.raises(FloatingPointError, match=r"at step \d+: .* not finite\. Lower lr"):
         bmrs.fit(model, guide, blobs(), **{**QUICK, "lr": 1e30})
 
 
@@ -188,7 +238,7 @@ def test_activations_that_overflow_stop_the_run_and_name_the_site():
     model, guide = small_classifier()
     with torch.no_grad():
         model.net[0].weight.mul_(1e30)
-    with pytest.raises(FloatingPointError, match=r"at step 0; not finite: the input of site '2.theta'"):
+    with pytest.raises(FloatingPointError, match=r"at step 0: the input of site '2.theta' is not finite"):
         bmrs.fit(model, guide, (x * 1e20, y), **QUICK)
 
 
@@ -212,8 +262,8 @@ def test_arguments_that_do_not_fit_are_refused(change, error, message):
 
 def test_the_device_is_chosen():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert bmrs.svi.resolve_device("auto").type == expected
-    assert bmrs.svi.resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == expected
+    assert resolve_device("cpu").type == "cpu"
 
 
 @pytest.mark.gpu

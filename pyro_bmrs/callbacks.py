@@ -1,0 +1,170 @@
+"""What may listen to a fit: one small protocol, and the listeners that come with the library."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_fabric import Fabric
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from pyro_bmrs.svi import FitResult
+
+__all__ = ["Callback", "Callbacks", "EnergyTracker", "FabricLoggers", "JSONLines", "ProgressBar"]
+
+Record = dict[str, Any]
+
+
+class Callback:
+    """Listens to a fit; override what you need. In a fit of several processes only the first one's are called."""
+
+    def on_start(self, epochs: int, history: list[Record]) -> None:
+        """Hear that a fit of at most ``epochs`` epochs begins, or goes on after those of ``history``."""
+
+    def on_pruning(self, epoch: int, removed: Mapping[str, int]) -> None:
+        """Hear how many structures of each site were removed after ``epoch``, counted from 1."""
+
+    def on_epoch_end(self, record: Record) -> None:
+        """Hear the record of the epoch that has ended (see ``FitResult.history``); what is added to it stays."""
+
+    def on_end(self, result: "FitResult") -> None:
+        """Hear the result; not called where a fit ends by an error."""
+
+    def close(self) -> None:
+        """Let go of files and displays, whether the fit ended well or not."""
+
+
+class ProgressBar(Callback):
+    """A bar for epochs: in a terminal, in a notebook, and as a line every ten seconds in a log file."""
+
+    def on_start(self, epochs: int, history: list[Record]) -> None:
+        interval = 0.1 if sys.stderr.isatty() else 10
+        self._bar = tqdm(total=epochs, initial=len(history), unit="epoch", mininterval=interval)
+
+    def on_epoch_end(self, record: Record) -> None:
+        shown = {"loss": f"{record['loss']:.3g}", "removed": f"{100 * record['compression']:.1f} %"}
+        if "accuracy_validation" in record:
+            shown["accuracy"] = f"{100 * record['accuracy_validation']:.2f} %"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class JSONLines(Callback):
+    """Appends the record of each epoch to a file, a line each; a resumed fit goes on where its history ends.
+
+    Args:
+        path: File to write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_start(self, epochs: int, history: list[Record]) -> None:
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+
+    def on_epoch_end(self, record: Record) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk must not cost the run
+            warnings.warn(f"{self.path} cannot be written ({error}); the fit goes on", RuntimeWarning, stacklevel=2)
+
+
+class EnergyTracker(Callback):
+    """Adds an estimate of the energy used so far, ``energy_kwh``, and of its CO2, ``co2_kg``, to each record.
+
+    By codecarbon, offline: it measures what the machine lets it measure, and models the rest from the processor's rated
+    power; nothing is sent anywhere.
+
+    Args:
+        country: Three-letter ISO code of the country whose electricity mix to assume.
+
+    Raises:
+        ImportError: If codecarbon is not installed.
+    """
+
+    def __init__(self, country: str = "DEU") -> None:
+        if find_spec("codecarbon") is None:
+            raise ImportError("EnergyTracker needs codecarbon: pip install 'pyro-bmrs[energy]'")
+        self.country = country
+
+    def on_start(self, epochs: int, history: list[Record]) -> None:
+        from codecarbon import OfflineEmissionsTracker  # noqa: PLC0415  (optional, and slow to import)
+
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # or it reports on the machine at every turn
+        last = history[-1] if history else {}
+        self._totals = {name: last.get(name, 0.0) for name in ("energy_kwh", "co2_kg")}
+        self._tracker = OfflineEmissionsTracker(
+            country_iso_code=self.country, output_methods=[], log_level="critical", allow_multiple_runs=True
+        )
+        self._tracker.start_task()
+
+    def on_epoch_end(self, record: Record) -> None:
+        epoch = self._tracker.stop_task()
+        self._totals["energy_kwh"] += epoch.energy_consumed
+        self._totals["co2_kg"] += epoch.emissions
+        record.update(self._totals)
+        self._tracker.start_task()
+
+    def close(self) -> None:
+        self._tracker.stop()
+
+
+class FabricLoggers(Callback):
+    """Passes the numbers of each record to the loggers of a Fabric: TensorBoard, W&B, CSV, ...
+
+    Args:
+        fabric: The Fabric, made with ``loggers=[...]``.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric = fabric
+
+    def on_epoch_end(self, record: Record) -> None:
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        self.fabric.log_dict(numbers, step=record["epoch"])
+
+    def on_end(self, result: "FitResult") -> None:
+        for logger in self.fabric.loggers:
+            logger.finalize("success")
+
+
+class Callbacks(Callback):
+    """Several callbacks as one, in order.
+
+    Args:
+        callbacks: The callbacks.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self._started: list[Callback] = []
+
+    def on_start(self, epochs: int, history: list[Record]) -> None:
+        for callback in self.callbacks:
+            callback.on_start(epochs, history)
+            self._started.append(callback)
+
+    def on_pruning(self, epoch: int, removed: Mapping[str, int]) -> None:
+        for callback in self.callbacks:
+            callback.on_pruning(epoch, removed)
+
+    def on_epoch_end(self, record: Record) -> None:
+        for callback in self.callbacks:
+            callback.on_epoch_end(record)
+
+    def on_end(self, result: "FitResult") -> None:
+        for callback in self.callbacks:
+            callback.on_end(result)
+
+    def close(self) -> None:
+        for callback in self._started:
+            callback.close()

@@ -1,0 +1,95 @@
+"""Checkpoints: the whole state of a fit in one file that is always complete, and holds no code.
+
+A checkpoint is a single safetensors file, tensors in its body and everything else as JSON in its header. It is written
+beside the last good one, flushed to disk and then moved over it, so that whatever happens a complete one is there.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_bmrs.io import AtomicFile
+
+__all__ = ["State", "join", "part", "read_checkpoint", "write_checkpoint"]
+
+_FORMAT = "pyro-bmrs-checkpoint/1"
+
+
+@dataclass(frozen=True)
+class State:
+    """What an object needs to go on from where it was.
+
+    Attributes:
+        tensors: By name.
+        info: Numbers and strings, to be kept as JSON.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def join(states: Mapping[str, State]) -> State:
+    """Return the states of several objects as one."""
+    tensors = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.tensors.items()}
+    return State(tensors, {name: state.info for name, state in states.items()})
+
+
+def part(state: State, name: str) -> State:
+    """Return the state of the object called ``name`` from what ``join`` returned."""
+    prefix = f"{name}/"
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in state.tensors.items() if key.startswith(prefix)}
+    return State(tensors, state.info[name])
+
+
+def write_checkpoint(path: Path, state: State) -> None:
+    """Write a checkpoint, complete or not at all.
+
+    Raises:
+        OSError: If it cannot be written (a full disk, a folder that has become unwritable); the last good one is left
+            as it was, and the message says where.
+    """
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
+    header = {"format": _FORMAT, "info": json.dumps(state.info)}
+    try:
+        with AtomicFile(path) as temporary:
+            save_file(tensors, temporary, header)
+            _flush(temporary)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        last = f"the last good one, {path}, is left" if path.exists() else "there is none before it"
+        raise OSError(f"the checkpoint {path} cannot be written ({error}); {last}") from error
+
+
+def read_checkpoint(path: Path) -> State:
+    """Read what ``write_checkpoint`` wrote; no code in it is run.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no checkpoint of ours.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise ValueError(f"{path} is no checkpoint of this version (its format is not {_FORMAT!r})")
+            return State({name: file.get_tensor(name) for name in file.keys()}, json.loads(header["info"]))  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from None
+
+
+def _flush(path: Path) -> None:
+    """Have the disk, and not only the operating system, hold what was written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,48 @@
+"""Where a fit runs: devices, precision and processes, by Lightning Fabric."""
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+__all__ = ["Precision", "make_fabric", "place", "resolve_device"]
+
+Precision = str
+
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device called ``device``; ``"auto"`` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def make_fabric(device: str | torch.device, precision: str) -> Fabric:
+    """Return a Fabric for one process on ``device``.
+
+    Raises:
+        ValueError: If ``precision`` is none that a fit can use.
+    """
+    check_precision(precision)
+    target = resolve_device(device)
+    devices = 1 if target.index is None or target.type == "cpu" else [target.index]
+    return Fabric(accelerator=target.type, devices=devices, precision=precision)  # type: ignore[arg-type]
+
+
+def check_precision(precision: str) -> None:
+    """Raise ``ValueError`` unless posterior and weights stay in float32 or better."""
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(_PRECISIONS)}, but got {precision!r}: posterior parameters lose the "
+            "digits that decide in anything below float32"
+        )
+
+
+def place(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on the device if it takes at most half of the memory that is free there, else pinned here."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = tensor.numel() * tensor.element_size() <= free // 2
+    return tensor.to(device) if fits else tensor.pin_memory()

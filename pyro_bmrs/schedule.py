@@ -1,0 +1,75 @@
+"""When to prune, and how learning rates and the KL's weight run over the epochs."""
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Continuous", "PostTraining", "Rates"]
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """Prune while training (algorithm 1 of the paper, upper half).
+
+    Args:
+        start: Epoch after which to prune first, counted from 1; by default the first one with the KL at its full
+            weight, since what has been fitted before is not the model's posterior.
+        every: Number of epochs between prunings.
+        shrink: Whether to cut what is removed out of network, guide and optimiser at once, so that later epochs get
+            faster; otherwise it is masked until ``compact``. The fit is the same up to rounding.
+    """
+
+    start: int | None = None
+    every: int = 1
+    shrink: bool = False
+
+    def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
+        """Return whether to prune after ``epoch``, counted from 1."""
+        start = kl_warmup_epochs + 1 if self.start is None else self.start
+        return epoch >= start and (epoch - start) % self.every == 0
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """Prune after training (algorithm 1, lower half): rank once, remove progressively, stop where the criterion does.
+
+    Args:
+        levels: Increasing fractions of all structures to remove.
+        epochs_per_level: Epochs of fine-tuning at each level.
+        stop: Whether to stop at the last structure that the criterion supports removing; otherwise all levels are
+            visited in the order of the scores.
+    """
+
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+    epochs_per_level: int = 1
+    stop: bool = True
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates and KL weight of each step of a fit.
+
+    Args:
+        lr: Initial learning rate of the weights, which falls along a cosine to zero over all epochs.
+        posterior_lr: That of the posterior's parameters, over the epochs with noise.
+        epochs: Number of all epochs.
+        noisy_epochs: Number of those with noise.
+        kl_warmup_epochs: Number of epochs over which the KL's weight rises linearly.
+    """
+
+    lr: float
+    posterior_lr: float
+    epochs: int
+    noisy_epochs: int
+    kl_warmup_epochs: int
+
+    def learning_rates(self, epoch: float) -> tuple[float, float]:
+        """Return the rates of weights and posterior after ``epoch`` epochs, a fraction inside one."""
+        return self.lr * _cosine(epoch, self.epochs), self.posterior_lr * _cosine(epoch, self.noisy_epochs)
+
+    def kl_share(self, step: int, steps_per_epoch: int) -> float:
+        """Return the fraction of its full weight that the KL has at ``step``, counted from 0."""
+        return min(1.0, (step + 1) / (self.kl_warmup_epochs * steps_per_epoch + 1))
+
+
+def _cosine(epoch: float, epochs: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(epoch / max(epochs, 1e-9), 1.0)))
