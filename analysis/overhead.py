@@ -27,9 +27,9 @@ import pyro_bmrs as bmrs
 from models import lenet5, mlp, resnet
 from pyro_bmrs.captured import CapturedStep
 from pyro_bmrs.compiled import CompiledStep
+from pyro_bmrs.devices import resolve_device
 from pyro_bmrs.io import write_json
 from pyro_bmrs.objective import NoisyObjective
-from pyro_bmrs.svi import resolve_device
 
 __all__ = ["Overhead", "format_tables", "main"]
 
