@@ -171,6 +171,8 @@ def fit(
         "precision": fabric.strategy.precision.precision,
         "seed": seed,
     }
+    if compile and isinstance(pruning, Continuous) and pruning.shrink:
+        raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
     path = None if folder is None else _checkpoint_path(Path(folder), resume)
     listeners = [FabricLoggers(fabric), *callbacks]
     if folder is not None:

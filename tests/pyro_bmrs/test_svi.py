@@ -1,3 +1,4 @@
+import functools
 import math
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from processes import data
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.compiled import CompiledStep
 from pyro_bmrs.devices import resolve_device
 
 QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
@@ -149,6 +151,30 @@ def test_shrinking_while_training_is_masking():
         assert masked == pytest.approx(shrunk, rel=1e-9)
     assert fits[0][3] == fits[1][3]
     assert sum(count for _, removed in fits[0][3] for count in removed.values()) > 10
+
+
+def test_compiled_fits_prune_and_end_as_others_do(monkeypatch):
+    """With the graph run as it is: what inductor makes of it is tested on its own."""
+    monkeypatch.setattr("pyro_bmrs.steps.CompiledStep", functools.partial(CompiledStep, backend="eager"))
+    x, y = data()
+    fits = []
+    for compiled in (False, True):
+        model, guide = processes.build(processes.MedianGuide)
+        result = bmrs.fit(model, guide, (x, y), (x, y), criterion=LowestMean(), compile=compiled, **QUICK)
+        fits.append((bmrs.predict(model, guide, x), result.masks, result.scores))
+    torch.testing.assert_close(*fits, rtol=0, atol=1e-9)
+    assert not all(mask.all() for mask in result.masks.values())
+
+
+def test_what_is_not_compiled_says_so():
+    x, y = blobs()
+    model, guide = small_classifier()
+    with pytest.warns(
+        RuntimeWarning, match="going on uncompiled: a compiled step runs in one process"
+    ):
+        bmrs.fit(model, guide, (x, y), precision="bf16-mixed", compile=True, **QUICK)
+    with pytest.raises(ValueError, match="compile and shrink exclude each other"):
+        bmrs.fit(model, guide, (x, y), pruning=bmrs.Continuous(shrink=True), compile=True, **QUICK)
 
 
 class LowestMean(bmrs.Criterion):
