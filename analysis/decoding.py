@@ -38,7 +38,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Decode every image of some parquet files.
 
-    One thread does it: the time goes into Python and small images, where two threads took as long as one.
+    One thread does it: with images this small most of the time goes into Python, and two took as long as one.
 
     Args:
         files: Parquet files with a column of images ``{bytes, path}`` and a column of labels.

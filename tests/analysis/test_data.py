@@ -143,7 +143,7 @@ def test_fit_takes_the_images_as_they_are(tmp_path):
                               torch.nn.Linear(4, 10))  # fmt: skip
     model = bmrs.NoisyNetwork(net, num_data=16)
     guide = bmrs.TruncatedLogNormalGuide(model)
-    result = bmrs.fit(model, guide, split.train, split.validation, epochs=1, fine_tune_epochs=0, progress=False)
+    result = bmrs.fit(model, guide, split.train, split.validation, epochs=1, fine_tune_epochs=0, batch_size=8)
     assert len(result.history) == 1
 
 
@@ -332,9 +332,9 @@ def test_truncated_parquet_files_are_named_with_the_rows_if_the_footer_is_whole(
         with pytest.raises(ValueError, match=rf"{TRAIN} is truncated or no parquet file"):
             load("mnist", tmp_path)
     write(tmp_path / TRAIN, [GOOD[i % 5] for i in range(8)], [0] * 8, row_group_size=4, compression="none")
-    content = bytearray((tmp_path / TRAIN).read_bytes())
     first = pq.ParquetFile(tmp_path / TRAIN).metadata.row_group(1).column(0)
     start = first.dictionary_page_offset or first.data_page_offset
+    content = bytearray((tmp_path / TRAIN).read_bytes())
     content[start : start + 40] = b"\xff" * 40
     (tmp_path / TRAIN).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{TRAIN}, rows 4 to 7 .*truncated or corrupt"):
