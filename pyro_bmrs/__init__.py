@@ -49,7 +49,7 @@ from pyro_bmrs.prediction import predict
 from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.schedule import Continuous, PostTraining
 from pyro_bmrs.shrink import shrink
-from pyro_bmrs.structures import ChannelScale, find_structures
+from pyro_bmrs.structures import ChannelGather, ChannelScale, find_structures
 from pyro_bmrs.surgery import compact
 from pyro_bmrs.svi import FitResult, fit
 
@@ -61,6 +61,7 @@ __all__ = [
     "SNR",
     "BetaGuide",
     "Callback",
+    "ChannelGather",
     "ChannelScale",
     "Continuous",
     "Criterion",

@@ -104,7 +104,7 @@ class FlatGuide(PyroModule):
     def kl(self) -> Tensor:
         """Return the KL from the prior, summed over the structures that remain, in nats; sites by their weight."""
         counted = self.keep * self._kl_weights
-        total = torch.zeros(()).to(counted.device)
+        total = torch.zeros((), device=counted.device)
         for kind, index, prior in self._prior_groups:
             parameters = {name: getattr(self, buffer) for name, buffer in prior.items()}
             selected = slice(None) if index is None else getattr(self, index)

@@ -18,7 +18,7 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from pyro_bmrs.noise import noise_layers
 
-__all__ = ["Axis", "ChannelScale", "Structures", "find_structures", "replace_module", "scaled_copy"]
+__all__ = ["Axis", "ChannelGather", "ChannelScale", "Structures", "find_structures", "replace_module", "scaled_copy"]
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -52,6 +52,25 @@ class ChannelScale(nn.Module):
         return x * self.scale.view(shape)
 
 
+class ChannelGather(nn.Module):
+    """Pass on some of the channels: where what remains is finer than what a layer produces, or is an input.
+
+    Args:
+        index: Channels to pass on, of shape ``(channels,)``.
+        dim: Dimension of the input that indexes channels.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, dim: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.dim, self.index)
+
+
 @dataclass(frozen=True)
 class Axis:
     """An axis of a layer's tensors along which a site's structures lie.
@@ -75,11 +94,14 @@ class Structures:
         axes: The tensor axes that shrink when a structure goes.
         producer: Layer into whose outgoing weights the noise can be folded, or None.
         consumers: Layers into whose incoming weights it can be folded, or None if some path does not allow it.
+        gathered: Whether no layer produces just these structures (inputs of the network, single positions of feature
+            maps), so that the consumers' axes alone shrink, and what remains is gathered in front of them.
     """
 
     axes: tuple[Axis, ...]
     producer: str | None
     consumers: tuple[str, ...] | None
+    gathered: bool = False
 
     def side(self, side: Literal["out", "in"]) -> Iterator[Axis]:
         """Iterate over the axes on one side."""
@@ -120,6 +142,8 @@ def find_structures(net: nn.Module, example_input: Tensor) -> dict[str, Structur
     ones = {site: torch.ones(layer.size) for site, layer in noise_layers(net).items()}
     net, located = scaled_copy(net, ones)
     net.requires_grad_(True)
+    if example_input.is_floating_point():
+        example_input = example_input.detach().clone().requires_grad_()  # or noise on inputs leaves no trace
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about modules it cannot prune, which are none of ours
         graph = torch_pruning.DependencyGraph().build_dependency(
@@ -146,7 +170,7 @@ class _ScalePruner(BasePruningFunc):
 def _site_structures(graph: Any, scale: Any, names: dict[nn.Module, str], site: str) -> Structures:
     pruner = graph.get_pruner_of_module(scale)
     size = len(scale.scale)
-    axes = []
+    axes, produced = [], torch.zeros(size, dtype=torch.bool)
     for item in graph.get_pruning_group(scale, pruner.prune_out_channels, list(range(size))):
         module = item.dep.target.module
         if module not in names or isinstance(module, ChannelScale):
@@ -163,13 +187,20 @@ def _site_structures(graph: Any, scale: Any, names: dict[nn.Module, str], site: 
         index = torch.full((positions,), -1)
         index[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
         axes.append(Axis(names[module], "out" if isinstance(module, _NORMS) else side, index))
+        if side == "out" and isinstance(module, _WEIGHTED):
+            produced[index[index >= 0]] = True
+    node = graph.module2node[scale]
+    consumers = _consumers(node, names)
+    if not produced.all():  # inputs of the network, or finer than what the layer before them makes
+        axes = [axis for axis in axes if axis.side == "in" and axis.module in (consumers or ())]
     if not any(axis.side == "in" for axis in axes):
         raise ValueError(
             f"nothing consumes the structures of {site!r}, so removing one would change the network's output; put "
             "noise between layers only"
         )
-    node = graph.module2node[scale]
-    return Structures(tuple(axes), _producer(node, names), _consumers(node, names))
+    if not produced.all():
+        return Structures(tuple(axes), None, consumers, gathered=True)
+    return Structures(tuple(axes), _producer(node, names), consumers)
 
 
 def _producer(node: Any, names: dict[nn.Module, str]) -> str | None:

@@ -11,7 +11,7 @@ from pyro_bmrs.cost import removed_positions
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.prediction import check_masks
-from pyro_bmrs.structures import ChannelScale, Structures, find_structures, replace_module, scaled_copy
+from pyro_bmrs.structures import ChannelGather, ChannelScale, Structures, find_structures, replace_module, scaled_copy
 
 __all__ = ["check_equal", "compact", "keep_positions", "received_inputs"]
 
@@ -28,8 +28,10 @@ def compact(
 
     Its outputs are those of ``predict(model, guide, x, masks)``: every :math:`\theta` at its posterior mean, folded
     into the weights of the layer before it, or of the layers behind it where an activation such as tanh stands between.
-    Where neither is possible a ``ChannelScale`` remains. Noise layers become ``nn.Identity``, so that names and indices
-    of the other layers stay. A site that keeps none leaves one structure, with zero noise: layers cannot be empty.
+    Where neither is possible a ``ChannelScale`` remains; a ``ChannelGather`` stands in front of layers some of whose
+    inputs are removed without a layer that produces just those. Noise layers become ``nn.Identity``, so that names and
+    indices of the other layers stay. A site that keeps none leaves one structure, with zero noise: layers cannot be
+    empty.
 
     Args:
         model: The model; neither it nor its network is changed.
@@ -56,6 +58,9 @@ def compact(
         _move_constants_to_biases(net, removed, example_input)
         for site, name in located.items():
             net = _fold(net, name, structures[site], masks[site])
+            if structures[site].gathered:
+                index = _remaining_of_arriving(site, structures, masks, removed).to(example_input.device)
+                net = replace_module(net, name, ChannelGather(index, model.noise[site].dim))
         for (name, side), positions in removed.items():
             keep_positions(net.get_submodule(name), side, (~positions).nonzero().squeeze(1))
         check_equal(net(example_input), expected)
@@ -116,6 +121,21 @@ def _fold(net: nn.Module, name: str, parts: Structures, mask: Tensor) -> nn.Modu
         kept = mask if mask.any() else torch.arange(len(mask), device=mask.device) == 0
         return replace_module(net, name, ChannelScale(scale[kept], noise.dim))
     return replace_module(net, name, nn.Identity())
+
+
+def _remaining_of_arriving(
+    site: str,
+    structures: Mapping[str, Structures],
+    masks: Mapping[str, Tensor],
+    removed: Mapping[tuple[str, str], Tensor],
+) -> Tensor:
+    """Return which of the structures that still arrive at a site remain, once other sites' are gone."""
+    axis = structures[site].axes[0]
+    key = (axis.module, axis.side)
+    others = {other: parts for other, parts in structures.items() if other != site}
+    lost_before = removed_positions(others, masks).get(key, torch.zeros_like(removed[key]))
+    arriving, remaining = (axis.index[~gone].unique() for gone in (lost_before, removed[key]))
+    return torch.searchsorted(arriving[arriving >= 0], remaining[remaining >= 0])
 
 
 _SIZES = {"in": ("in_features", "in_channels"), "out": ("out_features", "out_channels", "num_features")}

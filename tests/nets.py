@@ -39,6 +39,27 @@ NETWORKS = {
         lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), bmrs.MultiplicativeNoise(9), nn.Tanh(), nn.Linear(9, 3)),
         (7,),
     ),
+    "noise_on_inputs": (
+        lambda: nn.Sequential(
+            bmrs.MultiplicativeNoise(7), nn.Linear(7, 9), nn.ReLU(), bmrs.MultiplicativeNoise(9), nn.Linear(9, 3)
+        ),
+        (7,),
+    ),
+    "noise_on_positions": (  # of feature maps, one by one, behind noise on the filters
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3),
+            nn.ReLU(),
+            bmrs.MultiplicativeNoise(3),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            bmrs.MultiplicativeNoise(48),
+            nn.Linear(48, 5),
+            nn.ReLU(),
+            bmrs.MultiplicativeNoise(5),
+            nn.Linear(5, 2),
+        ),
+        (1, 10, 10),
+    ),
     "sequence": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.GELU(), bmrs.MultiplicativeNoise(8, dim=-1), nn.Linear(8, 4)),
         (5, 6),

@@ -46,6 +46,7 @@ def test_round_trip(saved):
         nn.ModuleDict({"a": nn.Linear(1, 2)}),
         nn.ModuleList([nn.Linear(1, 2), nn.Sequential()]),
         bmrs.ChannelScale(torch.rand(4), dim=-1),
+        bmrs.ChannelGather(torch.tensor([2, 0]), dim=-1),
     ],
     ids=lambda layer: type(layer).__name__,
 )
