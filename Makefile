@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test demo format clean
+.PHONY: test demo gpu format clean
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -15,6 +15,12 @@ test: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m analysis.quickstart
+
+# What needs a GPU: tests, and the overhead with steps captured as CUDA graphs.
+gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m analysis.overhead --device cuda --output analysis/results/overhead-cuda
+	$(BIN)/python -m analysis.ensemble_speed --device cuda --output analysis/results/ensemble_speed-cuda
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
