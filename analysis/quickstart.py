@@ -1,6 +1,7 @@
 """From a dense network to a smaller one: python -m analysis.quickstart [--network mlp] [--seed 1]."""
 
 import copy
+import json
 import math
 import sys
 import time
@@ -53,7 +54,13 @@ class Quickstart:
     output: Path | None = None
     """Run folder; by default a new one under runs/, named after network, seed and time."""
     overwrite: bool = False
-    """Whether results in --output may be overwritten."""
+    """Whether what an earlier run has left in --output may be deleted."""
+    resume: bool = False
+    """Go on from the checkpoint in --output, if there is one; a finished run is only read."""
+    shrink: bool = False
+    """Cut removed structures out while training, so that later epochs get faster."""
+    compile: bool = False
+    """Compile training steps (on CUDA: capture them as a graph)."""
     progress: bool = True
 
 
@@ -61,7 +68,11 @@ def main(config: Quickstart) -> dict[str, object]:
     """Run the quickstart, print its table and return its results."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = config.output or Path("runs") / f"quickstart-{config.network}-seed{config.seed}-{stamp}"
-    folder = bmrs.prepare_run_folder(folder, config.overwrite)
+    folder = bmrs.prepare_run_folder(folder, config.overwrite, config.resume)
+    if config.resume and (folder / "results.json").exists():
+        results: dict[str, object] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        print(f"{folder} is finished, nothing to do:\n\n{format_table(results)}")
+        return results
     kl_weight = _KL_WEIGHTS[config.network] if config.kl_weight is None else config.kl_weight
     config = replace(config, kl_weight=kl_weight)
     write_json(folder / "config.json", {**asdict(config), "output": str(folder)})
@@ -79,6 +90,7 @@ def main(config: Quickstart) -> dict[str, object]:
         split.train,
         split.validation,
         criterion=bmrs.BMRS_N(prior_log_odds=config.prior_log_odds),
+        pruning=bmrs.Continuous(shrink=config.shrink),
         epochs=config.epochs,
         fine_tune_epochs=config.fine_tune_epochs,
         batch_size=config.batch_size,
@@ -87,7 +99,9 @@ def main(config: Quickstart) -> dict[str, object]:
         device=config.device,
         seed=config.seed,
         progress=config.progress,
+        compile=config.compile,
         folder=folder,
+        resume=config.resume,
     )
 
     print(f"dense {config.network}, without noise, {config.epochs + config.fine_tune_epochs} epochs ...", flush=True)
@@ -99,19 +113,19 @@ def main(config: Quickstart) -> dict[str, object]:
     )
     dense_seconds = time.perf_counter() - started
 
-    pruned = bmrs.compact(model, guide, result.masks, split.validation[0][:8])
+    pruned = bmrs.compact(model, guide, None, split.validation[0][:8])
     results = {
         "dataset": "digits",
         "network": config.network,
         "method": "BMRS_N",
         "seed": config.seed,
         "epochs": config.epochs + config.fine_tune_epochs,
-        **evaluate(dense, model, guide, pruned, split),
+        **evaluate(dense, model, guide, pruned, result.masks, split),
         "seconds": result.seconds,
         "seconds_dense": dense_seconds,
     }
     save_run(folder, results, model, guide, pruned)
-    draw_figures(folder, guide, result, config.prior_log_odds)
+    draw_figures(folder, model, guide, result.history, config.prior_log_odds)
     print(f"\n{format_table(results)}\n\neverything about this run: {folder}")
     return results
 

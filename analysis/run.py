@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
@@ -25,9 +26,10 @@ def evaluate(
     model: bmrs.NoisyNetwork,
     guide: bmrs.TruncatedLogNormalGuide,
     pruned: nn.Module,
+    masks: dict[str, torch.Tensor],
     split: Split,
 ) -> dict[str, Any]:
-    """Return the costs and accuracies of the dense, the masked and the pruned network."""
+    """Return the costs and accuracies of the dense, the masked and the pruned network, and what ``masks`` keep."""
     device = guide.loc.device
     (x_val, y_val), (x_test, y_test) = ((x.to(device), y.to(device)) for x, y in (split.validation, split.test))
     batch = x_test[:_LATENCY_BATCH]
@@ -36,7 +38,6 @@ def evaluate(
         pruned_logits, dense_logits = pruned(x_test), dense.eval()(x_test)
     dense_seconds, pruned_seconds = bmrs.measure_latency([dense, pruned], batch)
     params_dense, params_pruned = bmrs.count_parameters(dense), bmrs.count_parameters(pruned)
-    masks = model.masks
     return {
         "params_dense": params_dense,
         "params_pruned": params_pruned,
@@ -51,7 +52,7 @@ def evaluate(
         "latency_dense_ms": 1e3 * dense_seconds,
         "latency_pruned_ms": 1e3 * pruned_seconds,
         "latency_batch": len(batch),
-        "structures": {site.removesuffix(".theta"): size for site, size in model.sizes.items()},
+        "structures": {site.removesuffix(".theta"): len(mask) for site, mask in masks.items()},
         "kept": {site.removesuffix(".theta"): int(mask.sum()) for site, mask in masks.items()},
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -85,13 +86,14 @@ def save_run(
 
 def draw_figures(
     folder: Path,
+    model: bmrs.NoisyNetwork,
     guide: bmrs.TruncatedLogNormalGuide,
-    result: bmrs.FitResult,
+    history: list[dict[str, Any]],
     prior_log_odds: float,
 ) -> list[Path]:
     """Draw the five figures of a run into ``folder/figures`` and return their paths."""
     mpl.use("Agg")
-    delta_f, masks = bmrs.evidence_changes(guide), result.masks
+    delta_f, masks = bmrs.evidence_changes(guide), model.masks
     snr = {site: posterior.snr for site, posterior in guide.posterior().items()}
     site, index = _closest_to_the_line(delta_f, prior_log_odds)
     posterior, prior = guide.posterior()[site], guide.prior()[site]
@@ -102,14 +104,14 @@ def draw_figures(
         "forest": lambda: bmrs.plot_forest(guide),
         "evidence": lambda: bmrs.plot_evidence(delta_f, masks, prior_log_odds),
         "evidence_snr": lambda: bmrs.plot_evidence_snr(delta_f, snr, prior_log_odds),
-        "history": lambda: bmrs.plot_history(result.history),
+        "history": lambda: bmrs.plot_history(history),
     }
     paths = []
     for name, draw in figures.items():
         paths.append(folder / "figures" / f"{name}.png")
         figure: Any = draw().figure
         figure.savefig(paths[-1], dpi=150)
-        figure.clear()
+        plt.close(figure)
     return paths
 
 

@@ -2,5 +2,6 @@
 
 from models.lenet import lenet5
 from models.mlp import mlp
+from models.resnet import resnet
 
-__all__ = ["lenet5", "mlp"]
+__all__ = ["lenet5", "mlp", "resnet"]

@@ -9,12 +9,15 @@ from pyro_bmrs import MultiplicativeNoise
 __all__ = ["lenet5"]
 
 
-def lenet5(in_channels: int = 1, classes: int = 10) -> nn.Sequential:
+def lenet5(in_channels: int = 1, classes: int = 10, noise_before_pool: bool = False) -> nn.Sequential:
     """Return the paper's LeNet-5 for 32x32 images: 6c and 16c filters, 120c and 84c neurons for c input channels.
 
     Args:
         in_channels: Channels c of the images.
         classes: Number of outputs.
+        noise_before_pool: Whether filters' noise stands before max-pooling, as in the paper, instead of behind it. With
+            one draw an example or a batch both are the same function, since a maximum commutes with a factor that is
+            not negative, and behind is a quarter of the work; with a draw for each position they differ.
 
     References:
         Gradient-Based Learning Applied to Document Recognition (LeCun et al., 1998)
@@ -23,14 +26,8 @@ def lenet5(in_channels: int = 1, classes: int = 10) -> nn.Sequential:
     c = in_channels
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(c, 6 * c, 5),
-            conv1_activation=nn.ReLU(),
-            conv1_noise=MultiplicativeNoise(6 * c),
-            conv1_pool=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6 * c, 16 * c, 5),
-            conv2_activation=nn.ReLU(),
-            conv2_noise=MultiplicativeNoise(16 * c),
-            conv2_pool=nn.MaxPool2d(2),
+            **_convolution(1, c, 6 * c, noise_before_pool),
+            **_convolution(2, 6 * c, 16 * c, noise_before_pool),
             flatten=nn.Flatten(),
             fc1=nn.Linear(16 * c * 25, 120 * c),
             fc1_activation=nn.ReLU(),
@@ -41,3 +38,10 @@ def lenet5(in_channels: int = 1, classes: int = 10) -> nn.Sequential:
             output=nn.Linear(84 * c, classes),
         )
     )
+
+
+def _convolution(i: int, in_channels: int, filters: int, noise_before_pool: bool) -> dict[str, nn.Module]:
+    """Return the layers of convolution ``i``, its noise on either side of the pooling."""
+    noise, pool = {f"conv{i}_noise": MultiplicativeNoise(filters)}, {f"conv{i}_pool": nn.MaxPool2d(2)}
+    layers = {f"conv{i}": nn.Conv2d(in_channels, filters, 5), f"conv{i}_activation": nn.ReLU()}
+    return {**layers, **noise, **pool} if noise_before_pool else {**layers, **pool, **noise}

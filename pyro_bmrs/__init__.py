@@ -47,7 +47,7 @@ from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise
 from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.prediction import predict
-from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial
+from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.schedule import Continuous, PostTraining
 from pyro_bmrs.shrink import shrink
 from pyro_bmrs.structures import ChannelScale, find_structures
@@ -116,6 +116,7 @@ __all__ = [
     "prepare_run_folder",
     "reduce",
     "reduced_posterior",
+    "reference_kl_weights",
     "register_evidence_change",
     "register_exponential_family",
     "register_reduced_posterior",

@@ -1,6 +1,5 @@
 """The objective: the evidence lower bound of a mean-field posterior, with nothing computed to be thrown away."""
 
-import inspect
 from typing import Any, Literal
 
 import torch
@@ -93,7 +92,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.granularity == "batch":
             return guide.draw()
-        x = inspect.signature(model.program).bind(*args, **kwargs).arguments["x"]
+        x = args[0] if args else kwargs["x"]
         if self.granularity == "example":
             return guide.draw((len(x),))
         if x.shape not in self._element_shapes:

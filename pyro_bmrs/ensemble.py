@@ -58,6 +58,7 @@ def fit_ensemble(
     batch_size: int = 128,
     lr: float = 2e-3,
     posterior_lr: float | None = None,
+    decay: bool = True,
     kl_warmup_epochs: int | None = None,
     granularity: Granularity = "example",
     device: str | torch.device = "auto",
@@ -82,6 +83,7 @@ def fit_ensemble(
         batch_size: At most this many examples a step and replica.
         lr: Likewise.
         posterior_lr: Likewise.
+        decay: Likewise.
         kl_warmup_epochs: Likewise.
         granularity: Likewise.
         device: Likewise.
@@ -110,7 +112,7 @@ def fit_ensemble(
     _check_pruning(pruning)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different integers, but got {list(seeds)}")
-    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs)
+    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, decay=decay)
     x, y = check_data(train, "train")
     held_out = None if validation is None else check_data(validation, "validation")
     if not 1 <= batch_size <= len(x):

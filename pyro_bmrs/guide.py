@@ -53,6 +53,8 @@ class FlatGuide(PyroModule):
         self.sizes: dict[str, int] = model.sizes
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too
         self._prior_groups = self._group_priors()
+        weights = [torch.full((layer.size,), layer.kl_weight) for layer in model.noise.values()]
+        self.register_buffer("_kl_weights", torch.cat(weights), persistent=False)
 
     @abstractmethod
     def family(self, index: slice | Tensor = slice(None)) -> TorchDistribution:
@@ -100,14 +102,14 @@ class FlatGuide(PyroModule):
         return self.split(self.flat_posterior().rsample(sample_shape))
 
     def kl(self) -> Tensor:
-        """Return the KL from the prior, summed over the structures that remain, in nats."""
-        keep = self.keep
-        total = torch.zeros(()).to(keep.device)
+        """Return the KL from the prior, summed over the structures that remain, in nats; sites by their weight."""
+        counted = self.keep * self._kl_weights
+        total = torch.zeros(()).to(counted.device)
         for kind, index, prior in self._prior_groups:
             parameters = {name: getattr(self, buffer) for name, buffer in prior.items()}
             selected = slice(None) if index is None else getattr(self, index)
             divergence = kl_divergence(self.family(selected), kind(**parameters, validate_args=False))
-            total = total + (divergence * keep[selected]).sum()
+            total = total + (divergence * counted[selected]).sum()
         return total
 
     def select(self, kept: Tensor) -> None:
@@ -152,7 +154,8 @@ class FlatGuide(PyroModule):
         layers, values = model.noise, self.draw()
         with fix_noise(values), poutine.scale(scale=model.kl_weight):
             for site, posterior in self.posterior().items():
-                pyro.sample(site, layers[site].site_distribution(posterior))
+                with poutine.scale(scale=layers[site].kl_weight):
+                    pyro.sample(site, layers[site].site_distribution(posterior))
         return values
 
 

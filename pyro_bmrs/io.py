@@ -189,28 +189,32 @@ def write_json(path: PathLike, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def prepare_run_folder(path: PathLike, overwrite: bool = False) -> Path:
+def prepare_run_folder(path: PathLike, overwrite: bool = False, resume: bool = False) -> Path:
     """Return ``path`` as an existing, writable folder without results in it, before any work is done for it.
 
     Args:
         path: Folder of the run; it and its parents are made if missing.
-        overwrite: Whether results of an earlier run may be overwritten.
+        overwrite: Whether to delete what an earlier run has left there.
+        resume: Whether to leave it there, to go on from.
 
     Raises:
-        FileExistsError: If it holds the results of an earlier run, which are kept.
+        FileExistsError: If it holds what an earlier run has left, and neither is asked for.
         OSError: If it cannot be made or written to.
     """
     path = Path(path)
-    files = [path / "results.json", path / "metrics.jsonl"]
-    if not overwrite and any(file.is_file() and file.stat().st_size > 0 for file in files):
+    files = [path / name for name in ("results.json", "metrics.jsonl", "checkpoint/fit.safetensors")]
+    if not (overwrite or resume) and any(file.is_file() and file.stat().st_size > 0 for file in files):
         raise FileExistsError(
-            f"{path} already holds the results of a run; they are kept: choose another folder, or pass overwrite"
+            f"{path} already holds what an earlier run has left; it is kept: choose another folder, resume or overwrite"
         )
     try:
         for folder in (path, path / "figures", path / "checkpoint"):
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        if overwrite and not resume:
+            for file in files:
+                file.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to the run folder {path} ({error.strerror}); choose another one") from error
     return path

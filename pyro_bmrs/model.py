@@ -1,6 +1,6 @@
 """The Pyro model around a network: its noise sites, and the site of the observations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -37,9 +37,10 @@ class NoisyNetwork(PyroModule):
             ``(batch,)``; ``Categorical(logits=...)`` by default. A module's parameters are learned too.
         num_data: Size :math:`N` of the data set, by which a batch's likelihood is scaled up; None takes each
             batch for the whole data set (``fit`` fills it in).
-        kl_weight: :math:`\lambda` > 0, the weight of the KL; 1 is Bayes, more removes more.
+        kl_weight: :math:`\lambda` > 0, the weight of the KL; 1 is Bayes, more removes more. Or one for each site.
 
     Attributes:
+        kl_weight: That number; 1 where each site has its own, which its layer then holds.
         sizes: Number of structures of each site.
 
     Raises:
@@ -59,7 +60,7 @@ class NoisyNetwork(PyroModule):
         net: nn.Module,
         likelihood: Likelihood | None = None,
         num_data: int | None = None,
-        kl_weight: float = 1.0,
+        kl_weight: float | Mapping[str, float] = 1.0,
     ) -> None:
         super().__init__()
         layers = noise_layers(net)
@@ -70,15 +71,21 @@ class NoisyNetwork(PyroModule):
             )
         if num_data is not None and num_data < 1:
             raise ValueError(f"num_data must be the number of training examples, but got {num_data}")
-        if not kl_weight > 0:
-            raise ValueError(f"kl_weight must be positive, but got {kl_weight}; 1 is the exact ELBO")
+        by_site = kl_weight if isinstance(kl_weight, Mapping) else dict.fromkeys(layers, 1.0)
+        overall = 1.0 if isinstance(kl_weight, Mapping) else kl_weight
+        if not (by_site.keys() == layers.keys() and overall > 0 and all(weight > 0 for weight in by_site.values())):
+            raise ValueError(
+                f"kl_weight must be positive, or be so for each of the sites {list(layers)}, but got {kl_weight}; 1 is "
+                "the exact ELBO"
+            )
         for site, layer in layers.items():
             layer.site = site
+            layer.kl_weight = by_site[site]
         self.net = net
         self._noise = layers
         self.likelihood = categorical if likelihood is None else likelihood
         self.num_data = num_data
-        self.kl_weight = kl_weight
+        self.kl_weight = overall
 
     @property
     def noise(self) -> dict[str, MultiplicativeNoise]:

@@ -5,11 +5,13 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
+from pyro_bmrs.numerics import may_ask
 
 __all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers"]
 
@@ -29,6 +31,7 @@ class MultiplicativeNoise(nn.Module):
 
     Attributes:
         keep: Buffer of shape ``(size,)``, bool; False where a structure has been removed.
+        kl_weight: Weight of this site's KL relative to the model's, which ``NoisyNetwork`` sets.
 
     Raises:
         ValueError: If ``size`` is not positive or does not fit the prior, or (when called) the input.
@@ -58,13 +61,14 @@ class MultiplicativeNoise(nn.Module):
             )
         self.size, self.dim = size, dim
         self.site: str | None = None
+        self.kl_weight: float = 1.0
         self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
         # The prior's parameters are buffers, so that it moves between devices with the network.
         self._prior_type = type(prior)
         self._prior_names = tuple(prior.arg_constraints)
         for name in self._prior_names:
             self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
-        self._site_distribution: TorchDistribution | None = None
+        self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
 
     @property
     def prior(self) -> TorchDistribution:
@@ -75,7 +79,6 @@ class MultiplicativeNoise(nn.Module):
     def remove(self, removed: Tensor) -> None:
         """Remove the structures where ``removed`` is True, on top of those removed before."""
         self.keep.logical_and_(~removed.to(self.keep.device))
-        self._site_distribution = None
 
     def select(self, kept: Tensor) -> None:
         """Become a layer of the structures at the positions ``kept``, in place, whether removed or not."""
@@ -83,11 +86,11 @@ class MultiplicativeNoise(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dim() > 0:
                 setattr(self, name, buffer[kept.to(buffer.device)])
-        self._site_distribution = None
+        self._declared = None
 
     def site_distribution(self, distribution: TorchDistribution) -> TorchDistribution:
         """Return ``distribution`` over the structures as a site declares it: removed ones count for nothing."""
-        if not bool(self.keep.all()):
+        if self._masks():
             distribution = distribution.mask(self.keep)
         return distribution.to_event(1)
 
@@ -97,25 +100,56 @@ class MultiplicativeNoise(nn.Module):
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
                 f"input has shape {tuple(x.shape)}"
             )
+        distribution, masks = self._declaration()
         if self.site is None:
-            return x * self._aligned(self.keep.to(x), x)
-        if self._site_distribution is None:
-            self._site_distribution = self.site_distribution(self.prior)
-        theta = pyro.sample(self.site, self._site_distribution)
-        return x * self._aligned(theta * self.keep, x)
+            return x * self._aligned(self.keep.to(x), x) if masks else x
+        theta = self._sample(self.site, distribution)
+        if masks:
+            theta = theta * self.keep
+        return x * self._aligned(theta.to(x.dtype), x)
+
+    def _sample(self, site: str, distribution: TorchDistribution) -> Tensor:
+        if self.kl_weight == 1:
+            return pyro.sample(site, distribution)
+        with poutine.scale(scale=self.kl_weight):
+            return pyro.sample(site, distribution)
+
+    def _declaration(self) -> tuple[TorchDistribution, bool]:
+        """Return the site's distribution, and whether its noise has to be masked; anew only after ``keep`` changes."""
+        version = self.keep._version
+        if self._declared is not None and self._declared[0] is self.keep and self._declared[1] == version:
+            return self._declared[2:]
+        declaration = self.site_distribution(self.prior), self._masks()
+        if may_ask(self.keep, on_device=True):
+            self._declared = self.keep, version, *declaration
+        return declaration
+
+    def _masks(self) -> bool:
+        """Return whether anything has been removed; always where it might be, and Python cannot see."""
+        if not may_ask(self.keep, on_device=True):
+            return True
+        try:
+            return not bool(self.keep.all())
+        except RuntimeError:  # under vmap
+            return True
 
     def _aligned(self, theta: Tensor, x: Tensor) -> Tensor:
         """Broadcast noise of shape ``(*leading, size)`` to ``x``, its leading dimensions to the first ones of ``x``."""
+        if theta.shape == x.shape and self.dim in (-1, x.dim() - 1):
+            return theta
         leading, size = theta.shape[:-1], theta.shape[-1]
         spread = theta.reshape(*leading, *(1,) * (x.dim() - 1 - len(leading)), size)
         return spread.movedim(-1, self.dim)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_declared": None}  # a copy counts the versions of its tensors anew
+
     def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
-        self._site_distribution = None  # its tensors are about to move
+        self._declared = None  # its tensors are about to move
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._site_distribution = None
+        self._declared = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -10,10 +10,28 @@ r"""Evidence criteria by name, which differ in nothing but the prior log-odds of
 
 import math
 
-from pyro_bmrs.criteria import BMRS_N
+from torch import nn
 
-__all__ = ["bmrs_n", "bmrs_n_reference", "bmrs_n_substantial"]
+from pyro_bmrs.criteria import BMRS_N
+from pyro_bmrs.noise import noise_layers
+
+__all__ = ["bmrs_n", "bmrs_n_reference", "bmrs_n_substantial", "reference_kl_weights"]
 
 bmrs_n = BMRS_N()
 bmrs_n_reference = BMRS_N(prior_log_odds=0.5 * math.log(2 * math.pi))
 bmrs_n_substantial = BMRS_N(prior_log_odds=math.log(3))
+
+
+def reference_kl_weights(net: nn.Module, num_data: int) -> dict[str, float]:
+    r"""Return the weights of each site's KL that the paper's reference code has, for ``NoisyNetwork(kl_weight=...)``.
+
+    Its loss is the mean cross-entropy plus the mean over layers of the mean KL over a layer's structures. Against the
+    exact ELBO, mean cross-entropy plus the sum of all KL over the number of examples N, a layer of n structures among
+    L layers is weighted :math:`N / (L n)` times.
+
+    Args:
+        net: Network with noise layers.
+        num_data: Number of training examples N.
+    """
+    layers = noise_layers(net)
+    return {site: num_data / (len(layers) * layer.size) for site, layer in layers.items()}

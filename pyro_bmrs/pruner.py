@@ -59,19 +59,15 @@ class Pruner:
         """Remove what the criterion supports removing, and return how many that were for each site."""
         if self.criterion is None:
             return dict.fromkeys(self.sizes, 0)
-        context = self._context()
-        scores = self.criterion.scores(context)
-        self._note(scores)
-        return self._remove(self.criterion.supported(context, scores))
+        supported, _ = self._judge(self.criterion)
+        return self._remove(supported)
 
     def rank(self, schedule: PostTraining) -> None:
         """Fix the order in which ``remove_to`` removes: what the criterion supports first, by score."""
         if self.criterion is None:
             return
-        context = self._context()
-        scores = self.criterion.scores(context)
-        supported = torch.cat(list(self.criterion.supported(context, scores).values()))
-        self._note(scores)
+        by_site, scores = self._judge(self.criterion)
+        supported = torch.cat(list(by_site.values()))
         flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
         by_score = flat.argsort(descending=True)
         self._order = by_score[supported[by_score].argsort(descending=True, stable=True)]
@@ -134,8 +130,12 @@ class Pruner:
         lengths = [len(position) for position in self.positions.values()]
         return [sum(lengths[:i]) for i in range(len(lengths))]
 
-    def _context(self) -> PruningContext:
-        return PruningContext(self.model.eval(), self.guide, self.structures, *self.batch)
+    def _judge(self, criterion: Criterion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return which structures the criterion would remove, and its scores, which are noted."""
+        context = PruningContext(self.model.eval(), self.guide, self.structures, *self.batch)
+        scores = {site: score.detach() for site, score in criterion.scores(context).items()}
+        self._note(scores)
+        return criterion.supported(context, scores), scores
 
     def _note(self, scores: Mapping[str, Tensor]) -> None:
         """Keep the scores of structures that remain; those of removed ones stay what they were at removal."""

@@ -15,18 +15,20 @@ class Continuous:
         start: Epoch after which to prune first, counted from 1; by default the first one with the KL at its full
             weight, since what has been fitted before is not the model's posterior.
         every: Number of epochs between prunings.
+        stop: Epoch after which to prune last; by default the last one with noise.
         shrink: Whether to cut what is removed out of network, guide and optimiser at once, so that later epochs get
             faster; otherwise it is masked until ``compact``. The fit is the same up to rounding.
     """
 
     start: int | None = None
     every: int = 1
+    stop: int | None = None
     shrink: bool = False
 
     def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
         """Return whether to prune after ``epoch``, counted from 1."""
         start = kl_warmup_epochs + 1 if self.start is None else self.start
-        return epoch >= start and (epoch - start) % self.every == 0
+        return start <= epoch <= (epoch if self.stop is None else self.stop) and (epoch - start) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Rates:
         epochs: Number of all epochs.
         noisy_epochs: Number of those with noise.
         kl_warmup_epochs: Number of epochs over which the KL's weight rises linearly.
+        decay: Whether they fall at all.
     """
 
     lr: float
@@ -62,6 +65,7 @@ class Rates:
     epochs: int
     noisy_epochs: int
     kl_warmup_epochs: int
+    decay: bool = True
 
     @classmethod
     def planned(
@@ -72,6 +76,7 @@ class Rates:
         fine_tune_epochs: int,
         kl_warmup_epochs: int | None,
         levels: int = 0,
+        decay: bool = True,
     ) -> "Rates":
         """Return the rates with the defaults of ``fit`` filled in; ``levels`` is the epochs in between.
 
@@ -88,10 +93,13 @@ class Rates:
                 "kl_warmup_epochs": kl_warmup_epochs,
             },
         )
-        return cls(lr, posterior_lr, noisy_epochs + levels + fine_tune_epochs, noisy_epochs, kl_warmup_epochs)
+        epochs = noisy_epochs + levels + fine_tune_epochs
+        return cls(lr, posterior_lr, epochs, noisy_epochs, kl_warmup_epochs, decay)
 
     def learning_rates(self, epoch: float) -> tuple[float, float]:
         """Return the rates of weights and posterior after ``epoch`` epochs, a fraction inside one."""
+        if not self.decay:
+            return self.lr, self.posterior_lr
         return self.lr * _cosine(epoch, self.epochs), self.posterior_lr * _cosine(epoch, self.noisy_epochs)
 
     def kl_share(self, step: int, steps_per_epoch: int) -> float:

@@ -9,6 +9,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from pyro_bmrs.captured import CapturedStep
+from pyro_bmrs.compiled import CompiledStep
+
 __all__ = ["NonFiniteLossError", "Step", "make_step"]
 
 Step = Callable[[Tensor, Tensor, float, float], Tensor]
@@ -41,7 +44,18 @@ def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fa
 
 
 def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
-    raise NotImplementedError
+    if device.type == "cuda":
+        return CapturedStep(objective, optimizer)
+    compiled = CompiledStep(objective)
+
+    def step(x: Tensor, y: Tensor, kl_weight: float, share: float) -> Tensor:
+        optimizer.zero_grad()
+        loss = compiled(x, y, kl_weight, share)
+        _check(loss)
+        optimizer.step()
+        return loss
+
+    return step
 
 
 def _eager(forward: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> Step:

@@ -76,6 +76,7 @@ def fit(
     lr: float = 2e-3,
     posterior_lr: float | None = None,
     kl_warmup_epochs: int | None = None,
+    decay: bool = True,
     granularity: Granularity = "example",
     device: str | torch.device = "auto",
     precision: str = "32-true",
@@ -111,6 +112,7 @@ def fit(
         kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``; by default a
             quarter of ``epochs``. Without, a posterior that moves faster than the weights collapses onto its prior
             before they have learned anything.
+        decay: Whether learning rates decay along the cosine; otherwise they stay as they are.
         granularity: How often noise is drawn, see ``MeanFieldELBO``.
         device: ``"auto"`` takes CUDA if there is a device.
         precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; posterior and KL stay in float32
@@ -140,7 +142,7 @@ def fit(
     """
     plan = _plan(epochs, pruning, fine_tune_epochs)
     levels = len(plan) - epochs - fine_tune_epochs
-    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, levels)
+    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, levels, decay)
     check_numbers(positive={"checkpoint_every": checkpoint_every}, not_negative={})
     x, y = check_data(train, "train")
     held_out = None if validation is None else check_data(validation, "validation")
@@ -158,13 +160,15 @@ def fit(
         "rates": repr(rates),
         "batch_size": batch_size,
         "granularity": granularity,
-        "kl_weight": model.kl_weight,
+        "kl_weight": {site: model.kl_weight * layer.kl_weight for site, layer in model.noise.items()},
         "num_data": model.num_data,
         "sizes": model.sizes,
         "processes": fabric.world_size,
         "precision": fabric.strategy.precision.precision,
         "seed": seed,
     }
+    if compile and isinstance(pruning, Continuous) and pruning.shrink:
+        raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
     path = None if folder is None else _checkpoint_path(Path(folder), resume)
     listeners = [FabricLoggers(fabric), *callbacks]
     if folder is not None:

@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
-from models import lenet5, mlp
+from models import lenet5, mlp, resnet
 
 NETWORKS = {
     "mlp": (lambda: mlp(16, hidden=12, layers=3, classes=4), (16,)),
     "lenet5": (lenet5, (1, 32, 32)),
+    "lenet5_noise_before_pool": (lambda: lenet5(noise_before_pool=True), (1, 32, 32)),
+    "resnet": (lambda: resnet(depths=(1, 2), width=4, classes=4), (3, 8, 8)),
     "batch_norm": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 6, 3, padding=1, bias=False),

@@ -127,6 +127,9 @@ class TruncatedLogNormal(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
+        if self.loc.dtype == torch.float32:
+            uniform = torch.rand(shape, dtype=torch.float32, device=self.loc.device)
+            return numerics.draw(uniform, self.loc, self.scale, self.log_low, self.log_high)
         return self.icdf(torch.rand(shape, dtype=torch.float64, device=self.loc.device))
 
     def _tilted_coordinates(self, order: float) -> tuple[Tensor, Tensor]:

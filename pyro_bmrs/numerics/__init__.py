@@ -21,31 +21,35 @@ A product of Gaussians divided by another can curve the other way. ``log_quadrat
 Dawson's function in the place of the Mills ratio.
 
 The regimes' values stand in ``regimes.py``, what is differentiable of them in ``interval.py``, the other way of curving
-in ``quadratic.py``, and draws in ``quantile.py``. All functions work elementwise on broadcastable tensors and expect
-float64 (callers convert at the edge). First and second derivatives are exact: each cumulant's gradient is the next
-cumulant.
+in ``quadratic.py``, exact quantiles in ``quantile.py``. What every training step needs is simpler and faster: the
+divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but ``draw`` expect float64 (callers
+convert at the edge); all work elementwise on broadcastable tensors. First and second derivatives are exact: each
+cumulant's gradient is the next cumulant.
 """
 
+from pyro_bmrs.numerics.divergence import kl_from_uniform
+from pyro_bmrs.numerics.draw import draw
 from pyro_bmrs.numerics.interval import (
     excess,
     interval_coordinates,
-    kl_from_uniform,
     log_integral,
     mean_displacement,
     variance,
 )
 from pyro_bmrs.numerics.quadratic import dawson, log_quadratic_integral
 from pyro_bmrs.numerics.quantile import quantile
-from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI
+from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI, may_ask
 
 __all__ = [
     "LOG_SQRT_2PI",
     "dawson",
+    "draw",
     "excess",
     "interval_coordinates",
     "kl_from_uniform",
     "log_integral",
     "log_quadratic_integral",
+    "may_ask",
     "mean_displacement",
     "quantile",
     "variance",

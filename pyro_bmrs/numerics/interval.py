@@ -1,4 +1,4 @@
-"""A Gaussian on an interval: its integral, cumulants and divergence from uniform, with exact gradients."""
+"""A Gaussian on an interval: its integral and cumulants, with exact gradients."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from pyro_bmrs.numerics.regimes import cumulants, log_integral_value
 __all__ = [
     "excess",
     "interval_coordinates",
-    "kl_from_uniform",
     "log_integral",
     "mean_displacement",
     "variance",
@@ -50,16 +49,6 @@ def mean_displacement(distance: Tensor, width: Tensor) -> Tensor:
 def variance(distance: Tensor, width: Tensor) -> Tensor:
     """Return the variance of the Gaussian on the interval, in units of scale squared."""
     return _Variance.apply(*torch.broadcast_tensors(distance, width))
-
-
-def kl_from_uniform(distance: Tensor, width: Tensor) -> Tensor:
-    """Return KL(truncated normal || uniform on the same interval), in nats.
-
-    The formula of Neklyudov et al. (2017), ``log(width) - entropy``, rearranged so that no term is large
-    where the result is not.
-    """
-    kl, _, _ = _KLFromUniform.apply(*torch.broadcast_tensors(distance, width))
-    return kl
 
 
 def _far_density(distance: Tensor, width: Tensor) -> Tensor:
@@ -123,30 +112,3 @@ class _Variance(torch.autograd.Function):
         to_far = width - mean + distance.clamp(max=0)
         grad_width = torch.where(far_density > 0, (to_far**2 - var) * far_density, 0.0)
         return -third * grad, grad_width * grad
-
-
-class _KLFromUniform(torch.autograd.Function):
-    """The KL and both its partial derivatives at once: it stands in every training step."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(distance: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_integral, mean, var, third, far_density = cumulants(distance, width)
-        mode = distance.clamp(min=0)
-        kl = torch.log(width) - log_integral - mode * mean - 0.5 * (mean**2 + var)
-        to_far = width - mean + distance.clamp(max=0)
-        pull = far_density * (1 + (mode + mean) * to_far + 0.5 * (to_far**2 - var))
-        grad_width = 1 / width - torch.where(far_density > 0, pull, 0.0)
-        return kl.clamp(min=0), (mode + mean) * var + 0.5 * third, grad_width
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        grad_distance, grad_width = ctx.saved_tensors
-        return grad_distance * grad, grad_width * grad

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.special import erfcx, ndtr
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "cumulants",
     "integral_over_uniform",
     "log_integral_value",
+    "may_ask",
     "may_occur",
     "mills",
     "tail_ratio",
@@ -49,7 +51,7 @@ class Cumulants(NamedTuple):
 
 def log_integral_value(distance: Tensor, width: Tensor) -> Tensor:
     regimes = (_narrow_log_integral, _interior_log_integral, _tail_log_integral)
-    if distance.is_cuda or distance.numel() < _MANY:
+    if distance.numel() < _MANY or not may_ask(distance):
         return _select(distance, width, *(regime(distance, width) for regime in regimes))
     narrow, inside = _is_narrow(distance, width), distance < 0
     result = torch.empty_like(distance)
@@ -68,9 +70,17 @@ def cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     return found
 
 
+def may_ask(tensor: Tensor, on_device: bool = False) -> bool:
+    """Return whether Python may look at values: not in a graph being traced, which would hold for these values only.
+
+    Nor on a GPU, which that stalls, unless ``on_device``, for what is asked seldom.
+    """
+    return (on_device or not tensor.is_cuda) and get_proxy_mode() is None and not torch.compiler.is_compiling()
+
+
 def may_occur(regime: Tensor) -> bool:
-    """Return whether a regime is worth computing: always where that cannot be asked, or would stall the device."""
-    if regime.is_cuda:
+    """Return whether a regime is worth computing: always, where that cannot be asked."""
+    if not may_ask(regime):
         return True
     try:
         return bool(regime.any())

@@ -63,7 +63,24 @@ def test_the_checkpoint_restores_model_and_guide(tmp_path):
 def test_results_are_kept_and_unwritable_folders_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(bmrs, "fit", lambda *_, **__: pytest.fail("training started"))
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="they are kept"):
+    with pytest.raises(FileExistsError, match="it is kept"):
         main(dataclasses.replace(QUICK, output=tmp_path))
     with pytest.raises(OSError, match="cannot write"):
         main(dataclasses.replace(QUICK, output=tmp_path / "results.json" / "run"))
+
+
+def test_resuming_goes_on_or_does_nothing(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(QUICK, network="mlp", output=tmp_path, shrink=True)
+    whole = main(config)
+    again = dataclasses.replace(config, resume=True)
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(bmrs, "fit", lambda *_, **__: pytest.fail("training started"))
+        assert main(again) == whole
+        assert "is finished, nothing to do" in capsys.readouterr().out
+    (tmp_path / "results.json").unlink()  # as if killed after the fit
+    repeated = main(again)
+    for key in ("kept", "compression", "accuracy_test", "accuracy_test_dense", "params_pruned"):
+        assert repeated[key] == whole[key]
+    overwritten = main(dataclasses.replace(config, overwrite=True))
+    assert overwritten["kept"] == whole["kept"]

@@ -34,6 +34,20 @@ def test_equals_the_stock_elbo(name, pruned):
     torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
 
 
+def test_sites_with_weights_of_their_own_equal_the_stock_elbo():
+    plain, _, x = build("mlp", dtype=torch.float64)
+    y = torch.arange(len(x)) % 4
+    model = bmrs.NoisyNetwork(plain.net, num_data=100, kl_weight=dict(zip(plain.sizes, (0.5, 3.0, 20.0), strict=True)))
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-1.0, init_log_scale=0.3).double()
+    stock = loss_and_gradients(TraceMeanField_ELBO(), model, guide, x, y)
+    ours = loss_and_gradients(bmrs.MeanFieldELBO("batch"), model, guide, x, y)
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
+    divergences = [
+        kl_divergence(q, p).sum() for q, p in zip(guide.posterior().values(), guide.prior().values(), strict=True)
+    ]
+    torch.testing.assert_close(guide.kl(), 0.5 * divergences[0] + 3 * divergences[1] + 20 * divergences[2])
+
+
 def test_draws_for_each_example_equal_the_stock_elbo_with_a_plate():
     """A plate over the batch inside scale(1/B) is what Pyro accepts for one draw an example."""
     model, guide, x = build("noise_before_tanh", dtype=torch.float64)
@@ -102,8 +116,8 @@ def test_elements_have_noise_of_their_own():
     model, guide, x = build("lenet5")
     draws = bmrs.MeanFieldELBO("element")._draw(model, guide, x)
     shapes = {site: tuple(values.shape) for site, values in draws.items()}
-    assert shapes["conv1_noise.theta"] == (6, 28, 28, 6)
-    assert shapes["conv2_noise.theta"] == (6, 10, 10, 16)
+    assert shapes["conv1_noise.theta"] == (6, 14, 14, 6)
+    assert shapes["conv2_noise.theta"] == (6, 5, 5, 16)
     assert shapes["fc1_noise.theta"] == (6, 120)
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -74,3 +76,30 @@ def test_prior_must_fit():
 def test_input_must_have_as_many_structures():
     with pytest.raises(ValueError, match="3 structures along dimension 1"):
         bmrs.MultiplicativeNoise(3)(torch.randn(2, 4))
+
+
+def test_activations_keep_their_dtype():
+    model = bmrs.NoisyNetwork(nn.Sequential(bmrs.MultiplicativeNoise(3), nn.Linear(3, 2)))
+    layer = model.net[0]
+    for removed in (0, 1):
+        layer.remove(torch.arange(3) < removed)
+        with fix_noise({"0.theta": torch.full((3,), 0.5)}):
+            assert layer(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_masks_put_in_from_outside_are_seen():
+    layer = bmrs.MultiplicativeNoise(3)
+    x, keep = torch.ones(2, 3), torch.tensor([True, False, True])
+    assert torch.equal(layer(x), x)
+    assert torch.equal(torch.func.functional_call(layer, {"keep": keep}, (x,)), x * keep)
+    assert torch.equal(layer(x), x)
+    layer.keep.copy_(keep)
+    assert torch.equal(layer(x), x * keep)
+
+
+def test_a_copy_made_after_a_removal_masks_too():
+    net = nn.Sequential(nn.Linear(3, 4), bmrs.MultiplicativeNoise(4))
+    net(torch.ones(1, 3))
+    net[1].remove(torch.tensor([True, False, True, False]))
+    again = copy.deepcopy(net)
+    assert torch.equal(again(torch.ones(1, 3)) == 0, torch.tensor([[True, False, True, False]]))

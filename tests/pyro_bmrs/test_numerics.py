@@ -147,3 +147,37 @@ def test_vmap_maps_values_and_gradients():
         leaf = distance.clone().requires_grad_()
         (together,) = torch.autograd.grad(function(leaf, width).sum(), leaf)
         assert_close(per_point, together, 1e-12)
+
+
+DRAWN = {**QUANTILE_CASES, "at the bound": (0.0, 0.0067), "at the crossover": (0.0133, 0.0067), "far": (0.5, 0.0067)}
+
+
+@pytest.mark.parametrize(("loc", "scale"), DRAWN.values(), ids=DRAWN)
+def test_draws_are_quantiles(loc, scale):
+    """To 1e-4 of the deviation on average, and 1e-2 for the rarest of 2000; and so are their gradients."""
+    uniform, weights = torch.rand(2000), torch.rand(2000)
+    single = [torch.tensor(float(value), requires_grad=True) for value in (loc, scale, -20.0, 0.0)]
+    exact = [value.detach().double().requires_grad_() for value in single]
+    theta = numerics.draw(uniform, *single)
+    from_high = loc > -10
+    probability = 1 - uniform.double() if from_high else uniform.double()
+    expected = numerics.quantile(probability, *exact).exp()
+    error = (theta.double() - expected).abs() / expected.std()
+    rounding = 1e-7 / expected.std()
+    assert error.mean() <= 1e-4 + rounding
+    assert error.max() <= 1e-2 + rounding
+    gradients = torch.autograd.grad((weights * theta).sum(), single)
+    references = torch.autograd.grad((weights * expected).sum(), exact)
+    for found, reference in zip(gradients, references, strict=True):
+        assert_close(found, reference, 1e-3, floor=1e-2)
+
+
+@pytest.mark.parametrize("loc", [-1e4, -30.0, -20.0, -10.0, 0.0, 0.02, 5.0, 1e4])
+@pytest.mark.parametrize("scale", [2e-9, 1e-3, 1.0, 150.0, 1e9])
+@pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24])
+def test_draws_are_finite_within_bounds_with_finite_gradients(loc, scale, uniform):
+    parameters = [torch.tensor(value, requires_grad=True) for value in (loc, scale, -20.0, 0.0)]
+    theta = numerics.draw(torch.tensor(uniform), *parameters)
+    assert torch.tensor(-20.0).exp() <= theta <= 1
+    for gradient in torch.autograd.grad(theta, parameters):
+        assert torch.isfinite(gradient)

@@ -1,14 +1,18 @@
+import functools
 import math
 from itertools import pairwise
 
+import processes
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from nets import blobs, small_classifier
+from processes import data
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.compiled import CompiledStep
 from pyro_bmrs.devices import resolve_device
 
 QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
@@ -121,7 +125,74 @@ def test_continuous_pruning_keeps_its_schedule():
         result = bmrs.fit(model, guide, (x, y), criterion=Everything(), pruning=bmrs.Continuous(start=3), **QUICK)
     assert [entry["structures"] for entry in result.history] == [16, 16] + [0] * 6
     assert [epoch for epoch in range(1, 10) if bmrs.Continuous(start=3, every=4).is_due(epoch)] == [3, 7]
+    assert [epoch for epoch in range(1, 10) if bmrs.Continuous(start=3, every=2, stop=6).is_due(epoch)] == [3, 5]
     assert [epoch for epoch in range(1, 6) if bmrs.Continuous().is_due(epoch, kl_warmup_epochs=3)] == [4, 5]
+
+
+def test_shrinking_while_training_is_masking():
+    x, y = data()
+    fits = []
+    for shrink in (False, True):
+        model, guide = processes.build(processes.MedianGuide)
+        pruning = bmrs.Continuous(start=2, shrink=shrink)
+        seen = Diary()
+        result = bmrs.fit(
+            model, guide, (x, y), (x, y), criterion=LowestMean(), pruning=pruning, callbacks=[seen], **QUICK
+        )
+        small = bmrs.compact(model, guide, None, x[:4])
+        history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in result.history]
+        fits.append((small(x), result.masks, history, seen.removed))
+        assert sum(p.numel() for p in small.parameters()) == result.history[-1]["parameters"]
+        if shrink:
+            assert bmrs.count_parameters(model.net) == result.history[-1]["parameters"]
+    torch.testing.assert_close(*(each[:2] for each in fits), rtol=0, atol=1e-9)
+    for masked, shrunk in zip(fits[0][2], fits[1][2], strict=True):
+        assert masked.pop("phase") == shrunk.pop("phase")
+        assert masked == pytest.approx(shrunk, rel=1e-9)
+    assert fits[0][3] == fits[1][3]
+    assert sum(count for _, removed in fits[0][3] for count in removed.values()) > 10
+
+
+def test_compiled_fits_prune_and_end_as_others_do(monkeypatch):
+    """With the graph run as it is: what inductor makes of it is tested on its own."""
+    monkeypatch.setattr("pyro_bmrs.steps.CompiledStep", functools.partial(CompiledStep, backend="eager"))
+    x, y = data()
+    fits = []
+    for compiled in (False, True):
+        model, guide = processes.build(processes.MedianGuide)
+        result = bmrs.fit(model, guide, (x, y), (x, y), criterion=LowestMean(), compile=compiled, **QUICK)
+        fits.append((bmrs.predict(model, guide, x), result.masks, result.scores))
+    torch.testing.assert_close(*fits, rtol=0, atol=1e-9)
+    assert not all(mask.all() for mask in result.masks.values())
+
+
+def test_what_is_not_compiled_says_so():
+    x, y = blobs()
+    model, guide = small_classifier()
+    with pytest.warns(
+        RuntimeWarning, match="going on uncompiled: a compiled step runs in one process"
+    ):
+        bmrs.fit(model, guide, (x, y), precision="bf16-mixed", compile=True, **QUICK)
+    with pytest.raises(ValueError, match="compile and shrink exclude each other"):
+        bmrs.fit(model, guide, (x, y), pruning=bmrs.Continuous(shrink=True), compile=True, **QUICK)
+
+
+class LowestMean(bmrs.Criterion):
+    """Removes two structures of each site at every pruning, those with the smallest noise."""
+
+    def scores(self, context):
+        means = {
+            site: mean.masked_fill(~context.model.masks[site], math.inf) for site, mean in context.guide.mean().items()
+        }
+        return {site: mean.topk(2, largest=False).values[-1] - mean for site, mean in means.items()}
+
+
+class Diary(bmrs.Callback):
+    def __init__(self):
+        self.removed = []
+
+    def on_pruning(self, epoch, removed):
+        self.removed.append((epoch, removed))
 
 
 @pytest.mark.parametrize("stop", [True, False])
