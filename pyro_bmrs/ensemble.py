@@ -21,6 +21,7 @@ from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.pruner import Pruner
 from pyro_bmrs.replicas import ReplicaTrainer
 from pyro_bmrs.schedule import Continuous, Rates
+from pyro_bmrs.structures import find_structures
 from pyro_bmrs.svi import DEFAULT_CRITERION, DEFAULT_PRUNING, FitResult
 
 __all__ = ["Replica", "fit_ensemble"]
@@ -129,11 +130,12 @@ def fit_ensemble(
         models, guides = zip(*pairs, strict=True)
         trainer = ReplicaTrainer(models, guides, seeds, MeanFieldELBO(granularity), (x, y), batch_size, rates)
         first = (to_input(x[:batch_size].to(target)), y[:batch_size].to(target))
+        structures = find_structures(models[0].net, first[0][:2])  # of replicas alike
         with ExitStack() as open_callbacks:
             fits = []
             for seed, (model, guide) in zip(seeds, pairs, strict=True):
                 told = open_callbacks.enter_context(closing(Callbacks(callbacks(seed) if callbacks else [])))
-                pruner = Pruner(model, guide, criterion, first)
+                pruner = Pruner(model, guide, criterion, first, structures)
                 fits.append(_Fit(pruner, History(model, guide, pruner, held_out), told))
             bar = open_callbacks.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
             _run(trainer, fits, pruning, bar)

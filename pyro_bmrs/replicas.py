@@ -111,10 +111,9 @@ class ReplicaTrainer:
         objectives = [NoisyObjective(model, guide, elbo) for model, guide in zip(models, guides, strict=True)]
         self.stack = Stack(objectives)
         self._template = copy.deepcopy(objectives[0])
-        with evaluating(self._template), torch.no_grad():  # noise layers look at their masks once, not under vmap
+        with evaluating(self._template), torch.no_grad():  # noise layers keep what they find, which vmap would spoil
             self._template.model.net(self._inputs(torch.arange(1)))
-        self._noisy_losses = _together(self._template, self.stack, {})
-        self._fixed_noise_losses: Losses | None = None
+        self._fine_tuned: tuple[FixedNoiseObjective, dict[str, Tensor]] | None = None
         weights: list[Tensor] = []
         posterior: list[Tensor] = []
         for name, parameter in self.stack.parameters.items():
@@ -126,17 +125,18 @@ class ReplicaTrainer:
 
     def noisy_epoch(self) -> list[float]:
         """Run one epoch of SVI and return each replica's mean loss, in nats an example."""
-        return self._epoch(self._noisy_losses)
+        return self._epoch(_together(self._template, self.stack, {}))
 
     def fine_tune_epoch(self) -> list[float]:
         """Run one epoch of the weights alone and return each replica's mean negative log likelihood."""
-        if self._fixed_noise_losses is None:
+        if self._fine_tuned is None:
             means = [guide.mean() for guide in self.guides]
-            objective = FixedNoiseObjective(self._template.model, means[0])
             apart = [FixedNoiseObjective(model, mean) for model, mean in zip(self.models, means, strict=True)]
+            objective = FixedNoiseObjective(self._template.model, means[0])
             thetas = {name: torch.stack([each.get_buffer(name) for each in apart]) for name in objective._buffers}
-            self._fixed_noise_losses = _together(objective, self.stack, thetas)
-        return self._epoch(self._fixed_noise_losses)
+            self._fine_tuned = objective, thetas
+        objective, thetas = self._fine_tuned
+        return self._epoch(_together(objective, self.stack, thetas))
 
     def _epoch(self, losses_of: Losses) -> list[float]:
         self._template.model.train()
@@ -188,16 +188,29 @@ class ReplicaTrainer:
 
 
 def _together(objective: nn.Module, stack: Stack, own: Mapping[str, Tensor]) -> Losses:
-    """Return ``objective`` as a function of K batches, with the stacked tensors, and its ``own``, for its own."""
+    """Return ``objective`` as a function of K batches, with the stacked tensors, and its ``own``, for its own.
+
+    Masks that remove nothing from any replica are left to the objective, whose noise layers then need not multiply.
+    """
     tensors = {**stack.parameters, **stack.constants, **own}
-    names = [name for name, _ in (*objective.named_parameters(), *objective.named_buffers())]
-    used = {name: tensors[name] for name in names}
+    names = {id(tensor): name for name, tensor in _named_tensors(objective)}
+    used = {
+        name: tensors[names[id(tensor)]]
+        for name, tensor in _named_tensors(objective, all_names=True)
+        if not (name.endswith(".keep") and bool(tensors[names[id(tensor)]].all()))
+    }
 
     def one(used: dict[str, Tensor], x: Tensor, y: Tensor, kl_weight: float) -> Tensor:
-        return functional_call(objective, used, (x, y, kl_weight))
+        return functional_call(objective, used, (x, y, kl_weight), tie_weights=False)  # every name is there
 
     mapped = vmap(one, in_dims=(0, 0, 0, None), randomness="different")
     return lambda x, y, kl_weight: mapped(used, x, y, kl_weight)
+
+
+def _named_tensors(module: nn.Module, all_names: bool = False) -> list[tuple[str, Tensor]]:
+    """Return parameters and buffers, those with several names by the first one, or by all."""
+    tensors = (module.named_parameters, module.named_buffers)
+    return [named for each in tensors for named in each(remove_duplicate=not all_names)]
 
 
 def _check_alike(modules: Sequence[nn.Module]) -> None:
