@@ -40,6 +40,7 @@ from pyro_bmrs.criteria import (
 from pyro_bmrs.diagnostics import evidence_changes, to_arviz
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.elbo import MeanFieldELBO
+from pyro_bmrs.ensemble import Replica, fit_ensemble
 from pyro_bmrs.guide import FlatGuide, TruncatedLogNormalGuide
 from pyro_bmrs.io import load, prepare_run_folder, save
 from pyro_bmrs.model import NoisyNetwork
@@ -82,6 +83,7 @@ __all__ = [
     "PruningContext",
     "Random",
     "Reduction",
+    "Replica",
     "SampledEvidenceChange",
     "SearchResult",
     "TruncatedLogNormal",
@@ -100,6 +102,7 @@ __all__ = [
     "evidence_changes",
     "find_structures",
     "fit",
+    "fit_ensemble",
     "greedy_search",
     "load",
     "measure_latency",

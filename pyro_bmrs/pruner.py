@@ -14,7 +14,7 @@ from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.schedule import PostTraining
 from pyro_bmrs.shrink import shrink
-from pyro_bmrs.structures import find_structures
+from pyro_bmrs.structures import Structures, find_structures
 
 __all__ = ["Pruner"]
 
@@ -27,6 +27,7 @@ class Pruner:
         guide: Its guide.
         criterion: What to remove; None removes nothing.
         batch: Inputs and observations that criteria may look at.
+        structures: What each site's structures consist of, if that is known already.
 
     Attributes:
         scores: For each site the score of each structure when it was last judged, of its original ``(size,)``.
@@ -35,11 +36,16 @@ class Pruner:
     """
 
     def __init__(
-        self, model: NoisyNetwork, guide: FlatGuide, criterion: Criterion | None, batch: tuple[Tensor, Tensor]
+        self,
+        model: NoisyNetwork,
+        guide: FlatGuide,
+        criterion: Criterion | None,
+        batch: tuple[Tensor, Tensor],
+        structures: dict[str, Structures] | None = None,
     ) -> None:
         self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
         self.sizes = model.sizes
-        self.structures = find_structures(model.net, batch[0][:2])
+        self.structures = find_structures(model.net, batch[0][:2]) if structures is None else structures
         self.positions = {site: torch.arange(size) for site, size in self.sizes.items()}
         self.scores: dict[str, Tensor] = {}
         self._at_removal = [parameter.detach().clone() for parameter in guide.parameters()]

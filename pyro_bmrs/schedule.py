@@ -1,9 +1,10 @@
 """When to prune, and how learning rates and the KL's weight run over the epochs."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Continuous", "PostTraining", "Rates"]
+__all__ = ["Continuous", "PostTraining", "Rates", "check_numbers"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,35 @@ class Rates:
     kl_warmup_epochs: int
     decay: bool = True
 
+    @classmethod
+    def planned(
+        cls,
+        lr: float,
+        posterior_lr: float | None,
+        noisy_epochs: int,
+        fine_tune_epochs: int,
+        kl_warmup_epochs: int | None,
+        levels: int = 0,
+        decay: bool = True,
+    ) -> "Rates":
+        """Return the rates with the defaults of ``fit`` filled in; ``levels`` is the epochs in between.
+
+        Raises:
+            ValueError: If a rate is not positive and finite, or a number of epochs is negative.
+        """
+        posterior_lr = 50 * lr if posterior_lr is None else posterior_lr
+        kl_warmup_epochs = noisy_epochs // 4 if kl_warmup_epochs is None else kl_warmup_epochs
+        check_numbers(
+            positive={"lr": lr, "posterior_lr": posterior_lr},
+            not_negative={
+                "epochs": noisy_epochs,
+                "fine_tune_epochs": fine_tune_epochs,
+                "kl_warmup_epochs": kl_warmup_epochs,
+            },
+        )
+        epochs = noisy_epochs + levels + fine_tune_epochs
+        return cls(lr, posterior_lr, epochs, noisy_epochs, kl_warmup_epochs, decay)
+
     def learning_rates(self, epoch: float) -> tuple[float, float]:
         """Return the rates of weights and posterior after ``epoch`` epochs, a fraction inside one."""
         if not self.decay:
@@ -79,3 +109,13 @@ class Rates:
 
 def _cosine(epoch: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(epoch / max(epochs, 1e-9), 1.0)))
+
+
+def check_numbers(positive: Mapping[str, float], not_negative: Mapping[str, float]) -> None:
+    """Raise ``ValueError`` naming the argument that is not as it must be."""
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, but got {value}")
+    for name, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, but got {value}")

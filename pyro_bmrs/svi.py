@@ -5,7 +5,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from pyro_bmrs.history import History
 from pyro_bmrs.io import PathLike
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.pruner import Pruner
-from pyro_bmrs.schedule import Continuous, PostTraining, Rates
+from pyro_bmrs.schedule import Continuous, PostTraining, Rates, check_numbers
 from pyro_bmrs.training import Trainer
 
 __all__ = ["FitResult", "fit"]
@@ -140,12 +140,10 @@ def fit(
         FileExistsError: If there is a checkpoint in ``folder`` already and ``resume`` is False.
         OSError: If a checkpoint cannot be written; the last good one stays.
     """
-    posterior_lr = 50 * lr if posterior_lr is None else posterior_lr
-    kl_warmup_epochs = epochs // 4 if kl_warmup_epochs is None else kl_warmup_epochs
-    _check_numbers(
-        positive={"lr": lr, "posterior_lr": posterior_lr, "checkpoint_every": checkpoint_every},
-        not_negative={"epochs": epochs, "fine_tune_epochs": fine_tune_epochs, "kl_warmup_epochs": kl_warmup_epochs},
-    )
+    plan = _plan(epochs, pruning, fine_tune_epochs)
+    levels = len(plan) - epochs - fine_tune_epochs
+    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, levels, decay)
+    check_numbers(positive={"checkpoint_every": checkpoint_every}, not_negative={})
     x, y = check_data(train, "train")
     held_out = None if validation is None else check_data(validation, "validation")
     fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
@@ -156,8 +154,6 @@ def fit(
     model.num_data = len(x) if model.num_data is None else model.num_data
     model.to(fabric.device)
     guide.to(fabric.device)
-    plan = _plan(epochs, pruning, fine_tune_epochs)
-    rates = Rates(lr, posterior_lr, len(plan), epochs, kl_warmup_epochs, decay)
     settings = {
         "criterion": re.sub(" at 0x[0-9a-f]+", "", repr(criterion)),
         "pruning": repr(pruning),
@@ -193,20 +189,11 @@ def fit(
             run.resume()
         if run.position < len(plan):
             told.on_start(len(plan), history.entries)
-            run.go(plan, pruning, kl_warmup_epochs, checkpoint_every, told)
+            run.go(plan, pruning, rates.kl_warmup_epochs, checkpoint_every, told)
         model.eval()
         result = FitResult(pruner.masks, pruner.scores, history.entries, run.seconds)
         told.on_end(result)
     return result
-
-
-def _check_numbers(positive: Mapping[str, float], not_negative: Mapping[str, float]) -> None:
-    for name, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive number, but got {value}")
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, but got {value}")
 
 
 def _check_fabric(fabric: Fabric) -> Fabric:

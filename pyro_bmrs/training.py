@@ -1,7 +1,6 @@
 """Epochs: of SVI with noise, and of the weights alone with every noise at its posterior mean."""
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from pyro_bmrs.checkpoint import State
 from pyro_bmrs.data import to_input
 from pyro_bmrs.devices import place
 from pyro_bmrs.elbo import MeanFieldELBO
+from pyro_bmrs.faults import check_parameters, loss_error
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import fix_noise
 from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.schedule import Rates
 from pyro_bmrs.steps import NonFiniteLossError, Step, make_step
@@ -153,8 +152,7 @@ class Trainer:
             if len(losses) == _CHECK_EVERY or self.step % self.steps_per_epoch == 0:
                 total += self._finite_sum(losses)
                 losses = []
-        if culprits := self._non_finite_tensors():
-            raise FloatingPointError(f"a parameter stopped being finite by step {self.step - 1}: {_list(culprits)}")
+        check_parameters(self.model, self.guide, self.step - 1)
         return float(self._of_all_processes(total / self.steps_per_epoch).mean())
 
     def _fetch(self, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,36 +176,4 @@ class Trainer:
         return values.sum()
 
     def _not_finite(self, step: int, loss: float) -> FloatingPointError:
-        """Return the error to raise where the loss of ``step`` is not finite: what is at fault, and since when."""
-        culprits = self._non_finite_tensors()
-        if not culprits:
-            return FloatingPointError(f"the loss became {loss} at step {step}: {self._first_non_finite_input()}")
-        if self.fabric.device.type == "cuda":
-            return FloatingPointError(f"the loss became {loss} at step {step}: {_list(culprits)}")
-        return FloatingPointError(f"the gradient stopped being finite at step {step - 1}: {_list(culprits)}")
-
-    def _non_finite_tensors(self) -> list[str]:
-        named: dict[str, Tensor] = {f"weight {name!r}": p for name, p in self.model.net.named_parameters()}
-        for name, flat in self.guide.named_parameters():
-            named.update({f"posterior {name} of site {site!r}": part for site, part in self.guide.split(flat).items()})
-        return [name for name, tensor in named.items() if not bool(torch.isfinite(tensor).all())]
-
-    @torch.no_grad()
-    def _first_non_finite_input(self) -> str:
-        """Return the noise site at whose input the network's activations first overflow."""
-        found: list[str] = []
-        with ExitStack() as hooks, fix_noise(self.guide.mean()):
-            for site, layer in self.model.noise.items():
-
-                def check(_: nn.Module, inputs: tuple[Tensor, ...], site: str = site) -> None:
-                    if not bool(torch.isfinite(inputs[0]).all()):
-                        found.append(site)
-
-                hooks.callback(layer.register_forward_pre_hook(check).remove)
-            self.model.net(self._fetch(torch.arange(self.batch_size))[0])
-        return f"the input of site {found[0]!r} is not finite" if found else "the likelihood itself is not finite"
-
-
-def _list(culprits: list[str]) -> str:
-    more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-    return f"{', '.join(culprits[:3])}{more} are not finite"
+        return loss_error(self.model, self.guide, self._fetch(torch.arange(self.batch_size))[0], step, loss)

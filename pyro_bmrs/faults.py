@@ -1,0 +1,64 @@
+"""Bad numbers: what is at fault where a loss or a parameter is not finite, and since when."""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.noise import fix_noise
+
+__all__ = ["check_parameters", "loss_error"]
+
+
+def check_parameters(model: NoisyNetwork, guide: FlatGuide, step: int) -> None:
+    """Raise ``FloatingPointError`` if a parameter is not finite after ``step``, naming it."""
+    if culprits := _non_finite_tensors(model, guide):
+        raise FloatingPointError(f"a parameter stopped being finite by step {step}: {_list(culprits)}")
+
+
+def loss_error(model: NoisyNetwork, guide: FlatGuide, x: Tensor, step: int, loss: float) -> FloatingPointError:
+    """Return the error to raise where the loss of ``step`` is not finite.
+
+    Args:
+        model: The model, as the step before has left it (on a GPU, where losses are looked at late, or a later one).
+        guide: Its guide.
+        x: Inputs of the network, to see where its activations overflow.
+        step: The step.
+        loss: Its loss.
+    """
+    culprits = _non_finite_tensors(model, guide)
+    if not culprits:
+        return FloatingPointError(f"the loss became {loss} at step {step}: {_first_non_finite_input(model, guide, x)}")
+    if guide.device.type == "cuda":
+        return FloatingPointError(f"the loss became {loss} at step {step}: {_list(culprits)}")
+    return FloatingPointError(f"the gradient stopped being finite at step {step - 1}: {_list(culprits)}")
+
+
+def _non_finite_tensors(model: NoisyNetwork, guide: FlatGuide) -> list[str]:
+    named: dict[str, Tensor] = {f"weight {name!r}": p for name, p in model.net.named_parameters()}
+    for name, flat in guide.named_parameters():
+        named.update({f"posterior {name} of site {site!r}": part for site, part in guide.split(flat).items()})
+    return [name for name, tensor in named.items() if not bool(torch.isfinite(tensor).all())]
+
+
+@torch.no_grad()
+def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Tensor) -> str:
+    """Return the noise site at whose input the network's activations first overflow."""
+    found: list[str] = []
+    with ExitStack() as hooks, fix_noise(guide.mean()):
+        for site, layer in model.noise.items():
+
+            def check(_: nn.Module, inputs: tuple[Tensor, ...], site: str = site) -> None:
+                if not bool(torch.isfinite(inputs[0]).all()):
+                    found.append(site)
+
+            hooks.callback(layer.register_forward_pre_hook(check).remove)
+        model.net(x)
+    return f"the input of site {found[0]!r} is not finite" if found else "the likelihood itself is not finite"
+
+
+def _list(culprits: list[str]) -> str:
+    more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+    return f"{', '.join(culprits[:3])}{more} are not finite"

@@ -1,0 +1,240 @@
+"""Training many replicas of one model at once: one stacked tensor for each of their tensors, one step for all."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call, vmap
+
+from pyro_bmrs.data import to_input
+from pyro_bmrs.devices import place
+from pyro_bmrs.elbo import MeanFieldELBO
+from pyro_bmrs.faults import check_parameters, loss_error
+from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
+from pyro_bmrs.schedule import Rates
+
+__all__ = ["ReplicaTrainer", "Stack"]
+
+_CHECK_EVERY = 100  # steps between looks at the losses on a GPU, which each look stalls
+_LARGEST_KEPT = 2**25 - 2**13  # bytes; glibc does not keep more
+
+Losses = Callable[[Tensor, Tensor, float], Tensor]
+"""From inputs ``(K, batch, ...)``, observations ``(K, batch, ...)`` and KL weight to losses ``(K,)``."""
+
+
+class Stack:
+    """The tensors of K modules alike as one ``(K, ...)`` each, of which the modules' own become views.
+
+    So what is done to the stacked tensors is done to the modules, and the other way round (in place). Parameters that
+    are trained are leaves here, in ``parameters``; everything else is in ``constants``.
+
+    Args:
+        modules: The modules.
+
+    Raises:
+        ValueError: If they differ in their tensors' names, shapes or dtypes.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        _check_alike(modules)
+        self._modules = modules
+        self.parameters: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor] = {}
+        for name, like in modules[0].named_parameters():
+            own = [module.get_parameter(name) for module in modules]
+            stacked = torch.stack([parameter.detach() for parameter in own])
+            for parameter, view in zip(own, stacked, strict=True):
+                parameter.data = view
+            (self.parameters if like.requires_grad else self.constants)[name] = stacked
+        for name, _ in modules[0].named_buffers():
+            stacked = torch.stack([module.get_buffer(name) for module in modules])
+            self._set_buffers(name, stacked)
+            self.constants[name] = stacked
+        for stacked in self.parameters.values():
+            stacked.requires_grad_()
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give each module tensors of its own."""
+        for module in self._modules:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
+        for name, _ in self._modules[0].named_buffers():
+            self._set_buffers(name, [module.get_buffer(name).clone() for module in self._modules])
+
+    def _set_buffers(self, name: str, values: Sequence[Tensor] | Tensor) -> None:
+        owner, _, buffer = name.rpartition(".")
+        for module, value in zip(self._modules, values, strict=True):
+            setattr(module.get_submodule(owner), buffer, value)
+
+
+class ReplicaTrainer:
+    """Optimiser, schedule, data orders and step count of K fits, each as ``Trainer`` would run it alone.
+
+    Adam works element by element, so one on the stacked parameters is K of them.
+
+    Args:
+        models: The models, on one device.
+        guides: Their guides.
+        seeds: Of the order of each one's data.
+        elbo: The objective of the epochs with noise.
+        data: Inputs and observations.
+        batch_size: At most this many examples a step and replica.
+        rates: Learning rates and KL weight over the epochs.
+
+    Raises:
+        ValueError: If the replicas are not alike.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[NoisyNetwork],
+        guides: Sequence[FlatGuide],
+        seeds: Sequence[int],
+        elbo: MeanFieldELBO,
+        data: tuple[Tensor, Tensor],
+        batch_size: int,
+        rates: Rates,
+    ) -> None:
+        self.models, self.guides, self.seeds, self.rates = models, guides, seeds, rates
+        self.device = guides[0].device
+        self.orders = [Generator().manual_seed(seed) for seed in seeds]
+        self.data = (place(data[0], self.device), place(data[1], self.device))
+        self.batch_size = batch_size
+        self.steps_per_epoch = math.ceil(len(data[0]) / batch_size)
+        self.step = 0
+        objectives = [NoisyObjective(model, guide, elbo) for model, guide in zip(models, guides, strict=True)]
+        self.stack = Stack(objectives)
+        self._template = copy.deepcopy(objectives[0])
+        with evaluating(self._template), torch.no_grad():  # noise layers keep what they find, which vmap would spoil
+            self._template.model.net(self._inputs(torch.arange(1)))
+        self._fine_tuned: tuple[FixedNoiseObjective, dict[str, Tensor]] | None = None
+        weights: list[Tensor] = []
+        posterior: list[Tensor] = []
+        for name, parameter in self.stack.parameters.items():
+            (posterior if name.startswith("guide.") else weights).append(parameter)
+        groups = [{"params": weights, "lr": rates.lr}, {"params": posterior, "lr": rates.posterior_lr}]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+
+    def noisy_epoch(self) -> list[float]:
+        """Run one epoch of SVI and return each replica's mean loss, in nats an example."""
+        return self._epoch(_together(self._template, self.stack, {}))
+
+    def fine_tune_epoch(self) -> list[float]:
+        """Run one epoch of the weights alone and return each replica's mean negative log likelihood."""
+        if self._fine_tuned is None:
+            means = [guide.mean() for guide in self.guides]
+            apart = [FixedNoiseObjective(model, mean) for model, mean in zip(self.models, means, strict=True)]
+            objective = FixedNoiseObjective(self._template.model, means[0])
+            thetas = {name: torch.stack([each.get_buffer(name) for each in apart]) for name in objective._buffers}
+            self._fine_tuned = objective, thetas
+        objective, thetas = self._fine_tuned
+        return self._epoch(_together(objective, self.stack, thetas))
+
+    def _epoch(self, losses_of: Losses) -> list[float]:
+        self._template.model.train()
+        unseen: list[Tensor] = []
+        total = torch.zeros(len(self.seeds), dtype=torch.float64, device=self.device)
+        orders = torch.stack([torch.randperm(len(self.data[0]), generator=order) for order in self.orders])
+        for batches in orders.to(self.data[0].device).tensor_split(self.steps_per_epoch, dim=1):
+            rates = self.rates.learning_rates(self.step / self.steps_per_epoch)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.optimizer.zero_grad()
+            losses = losses_of(
+                self._inputs(batches),
+                self._fetch(self.data[1], batches),
+                self.models[0].kl_weight * self.rates.kl_share(self.step, self.steps_per_epoch),
+            )
+            unseen.append(losses.detach())
+            self.step += 1
+            due = len(unseen) == _CHECK_EVERY or self.step % self.steps_per_epoch == 0
+            if due or self.device.type == "cpu":  # before any parameter is changed by it, if that costs nothing
+                total += self._finite_sum(torch.stack(unseen).double())
+                unseen = []
+            losses.sum().backward()
+            self.optimizer.step()
+            for guide in self.guides:
+                guide.project_()
+        for seed, model, guide in zip(self.seeds, self.models, self.guides, strict=True):
+            try:
+                check_parameters(model, guide, self.step - 1)
+            except FloatingPointError as error:
+                raise _of_seed(seed, error) from None
+        return (total / self.steps_per_epoch).tolist()
+
+    def _fetch(self, tensor: Tensor, index: Tensor) -> Tensor:
+        return tensor[index.to(tensor.device)].to(self.device, non_blocking=True)
+
+    def _inputs(self, index: Tensor) -> Tensor:
+        return to_input(self._fetch(self.data[0], index))
+
+    def _finite_sum(self, losses: Tensor) -> Tensor:
+        """Return the sum of the last losses, of shape ``(steps, K)``, over the steps."""
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            row, i = (int(index) for index in (~finite).nonzero()[0])
+            x = self._inputs(torch.arange(self.batch_size))
+            step, loss = self.step - len(losses) + row, float(losses[row, i])
+            raise _of_seed(self.seeds[i], loss_error(self.models[i], self.guides[i], x, step, loss))
+        return losses.sum(0)
+
+
+def _together(objective: nn.Module, stack: Stack, own: Mapping[str, Tensor]) -> Losses:
+    """Return ``objective`` as a function of K batches, with the stacked tensors, and its ``own``, for its own.
+
+    Masks that remove nothing from any replica are left to the objective, whose noise layers then need not multiply.
+    """
+    tensors = {**stack.parameters, **stack.constants, **own}
+    names = {id(tensor): name for name, tensor in _named_tensors(objective)}
+    used = {
+        name: tensors[names[id(tensor)]]
+        for name, tensor in _named_tensors(objective, all_names=True)
+        if not (name.endswith(".keep") and bool(tensors[names[id(tensor)]].all()))
+    }
+
+    def one(used: dict[str, Tensor], x: Tensor, y: Tensor, kl_weight: float) -> Tensor:
+        return functional_call(objective, used, (x, y, kl_weight), tie_weights=False)  # every name is there
+
+    mapped = vmap(one, in_dims=(0, 0, 0, None), randomness="different")
+    return lambda x, y, kl_weight: mapped(used, x, y, kl_weight)
+
+
+def _named_tensors(module: nn.Module, all_names: bool = False) -> list[tuple[str, Tensor]]:
+    """Return parameters and buffers, those with several names by the first one, or by all."""
+    tensors = (module.named_parameters, module.named_buffers)
+    return [named for each in tensors for named in each(remove_duplicate=not all_names)]
+
+
+def _check_alike(modules: Sequence[nn.Module]) -> None:
+    described = [
+        {name: (tuple(t.shape), t.dtype) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        for module in modules
+    ]
+    for i, found in enumerate(described):
+        for name in {**described[0], **found}:
+            if described[0].get(name) != found.get(name):
+                raise ValueError(
+                    f"replicas must have tensors of the same names, shapes and dtypes, but {name!r} is "
+                    f"{described[0].get(name)} in the first and {found.get(name)} in number {i + 1}"
+                )
+
+
+def _of_seed(seed: int, error: FloatingPointError) -> FloatingPointError:
+    return FloatingPointError(f"the replica of seed {seed} failed: {error}")
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep for the next step the memory that a step frees, where it is glibc.
+
+    It hands back to the system what is free beyond twice the largest block that was ever freed, up to a limit; stacked
+    tensors exceed that at every step, and getting the memory again costs as much as what is computed in it.
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
