@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_bmrs.numerics.elementwise import Elementwise
+
 __all__ = ["kl_from_uniform"]
 
 _NODES = 44  # exact to rounding for a whole bell; fewer lose digits quickly
@@ -31,10 +33,8 @@ def kl_from_uniform(distance: Tensor, width: Tensor) -> Tensor:
     return kl
 
 
-class _KLFromUniform(torch.autograd.Function):
+class _KLFromUniform(Elementwise):
     """The KL and both its partial derivatives at once."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(distance: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:

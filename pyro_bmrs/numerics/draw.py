@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_bmrs.numerics.elementwise import Elementwise
 from pyro_bmrs.numerics.interval import interval_coordinates
 from pyro_bmrs.numerics.regimes import may_occur, mills, tail_ratio
 
@@ -33,10 +34,8 @@ def draw(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor)
     return theta
 
 
-class _Draw(torch.autograd.Function):
+class _Draw(Elementwise):
     """Works in place where it can: a step spends more on fresh memory than on arithmetic."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_bmrs.numerics.elementwise import Elementwise
 from pyro_bmrs.numerics.regimes import cumulants, log_integral_value
 
 __all__ = [
@@ -57,9 +58,7 @@ def _far_density(distance: Tensor, width: Tensor) -> Tensor:
     return torch.exp(-0.5 * (far - mode) * (far + mode) - log_integral(distance, width))
 
 
-class _LogIntegral(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _LogIntegral(Elementwise):
     @staticmethod
     def forward(distance: Tensor, width: Tensor) -> Tensor:
         return log_integral_value(distance, width)
@@ -74,9 +73,7 @@ class _LogIntegral(torch.autograd.Function):
         return -mean_displacement(distance, width) * grad, _far_density(distance, width) * grad
 
 
-class _MeanDisplacement(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _MeanDisplacement(Elementwise):
     @staticmethod
     def forward(distance: Tensor, width: Tensor) -> Tensor:
         return cumulants(distance, width).mean
@@ -93,9 +90,7 @@ class _MeanDisplacement(torch.autograd.Function):
         return grad_distance * grad, to_far * _far_density(distance, width) * grad
 
 
-class _Variance(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Variance(Elementwise):
     @staticmethod
     def forward(distance: Tensor, width: Tensor) -> Tensor:
         return cumulants(distance, width).variance

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmrs.numerics.elementwise import Elementwise
 from pyro_bmrs.numerics.interval import log_integral
 from pyro_bmrs.numerics.regimes import integral_over_uniform, may_occur
 
@@ -69,9 +70,7 @@ def dawson(x: Tensor) -> Tensor:
     return _Dawson.apply(x)
 
 
-class _Dawson(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Dawson(Elementwise):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         step = 0.2

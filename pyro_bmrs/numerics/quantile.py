@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.special import ndtr, ndtri
 
+from pyro_bmrs.numerics.elementwise import Elementwise
 from pyro_bmrs.numerics.interval import interval_coordinates
 from pyro_bmrs.numerics.regimes import CONTINUED_FRACTION_FROM, log_integral_value, may_occur, mills, tail_ratio
 
@@ -26,10 +27,8 @@ def quantile(probability: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high:
     return x
 
 
-class _Quantile(torch.autograd.Function):
+class _Quantile(Elementwise):
     """Work on the parameters is done in float64 at their own shape, work on each draw in their dtype."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
