@@ -139,7 +139,7 @@ class Trainer:
         self.model.train()
         losses: list[Tensor] = []
         total = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        order = torch.randperm(len(self.data[0]), generator=self.order)
+        order = torch.randperm(len(self.data[0]), generator=self.order).to(self.data[0].device)
         for batch in order.tensor_split(self.steps_per_epoch):
             self._set_rates()
             kl_weight = self.model.kl_weight * self.rates.kl_share(self.step, self.steps_per_epoch)
