@@ -1,6 +1,7 @@
 """The point of comparison: the same network trained as long, without noise."""
 
 import math
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class _Training:
 
     def epoch(self, validation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
         """Run one epoch and return its record."""
+        started = time.perf_counter()
         x, y = self.data
         self.net.train()
         for batch in torch.randperm(len(x), generator=self.order).to(x.device).tensor_split(self.steps):
@@ -101,6 +103,7 @@ class _Training:
         record: dict[str, Any] = {"epoch": len(self.history) + 1, "phase": "dense", "compression": 0.0}
         if validation is not None:
             record["accuracy_validation"] = accuracy(outputs(self.net, validation[0]), validation[1])
+        record["seconds"] = time.perf_counter() - started
         self.history.append(record)
         return record
 
