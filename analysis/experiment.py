@@ -61,6 +61,7 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
     torch.set_num_threads(execution.threads)
     folder = work_folder(config, execution)
     with _only_here(folder):
+        sessions = _note_session(config, execution)
         split = _on_device(_load(config, execution), resolve_device(execution.device))
         torch.manual_seed(config.seed)
         net = _build(config, split.train[0])
@@ -77,6 +78,7 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
         "seed": config.seed,
         "epochs": config.epochs + config.fine_tune_epochs,
         **results,
+        "sessions": sessions,
     }
 
 
@@ -86,6 +88,14 @@ def _only_here(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / _LOCK):
         yield
+
+
+def _note_session(config: RunConfig, execution: Execution) -> list[int]:
+    """Return how many epochs had been done at the start of each session of a run, this one the last."""
+    path = work_folder(config, execution) / "sessions"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{epochs_done(config, execution)}\n")
+    return [int(line) for line in path.read_text(encoding="utf-8").split()]
 
 
 def _load(config: RunConfig, execution: Execution) -> Split:

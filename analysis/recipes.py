@@ -182,7 +182,7 @@ def make_config(
         changes: Any other field of ``RunConfig``.
 
     Raises:
-        ValueError: If there is no such method or recipe, or the recipe has no setting for this network on this data set.
+        ValueError: If there is no such method or recipe, or no setting for this network on this data set.
     """
     _check_method(method)
     if recipe not in get_args(RecipeName):

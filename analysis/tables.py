@@ -98,17 +98,11 @@ def _rank(recipe: str, method: str, changes: str) -> tuple[bool, int, str, str]:
 
 def _changes(config: RunConfig) -> str:
     """Return the settings in which a run differs from its recipe."""
-    default = make_config(
-        config.dataset,
-        config.network,
-        config.method,
-        config.recipe,
-        config.seed,
-        pruning=config.pruning,
-    )
+    names = (config.dataset, config.network, config.method, config.recipe)
+    default = make_config(*names, config.seed, pruning=config.pruning)
     own = [field.name for field in fields(config) if field.name not in _FOLLOW]
-    names = [name for name in own if getattr(config, name) != getattr(default, name)]
-    return ", ".join(f"{name} {_short(getattr(config, name))}" for name in names)
+    changed = [name for name in own if getattr(config, name) != getattr(default, name)]
+    return ", ".join(f"{name} {_short(getattr(config, name))}" for name in changed)
 
 
 def _short(value: object) -> str:
