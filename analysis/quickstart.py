@@ -16,7 +16,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from analysis.data import digits
-from analysis.dense import train_dense
+from analysis.dense import accuracy, outputs, train_dense
 from analysis.run import draw_figures, evaluate, format_table, save_run
 from models import lenet5, mlp
 from pyro_bmrs.devices import resolve_device
@@ -121,6 +121,7 @@ def main(config: Quickstart) -> dict[str, object]:
         "seed": config.seed,
         "epochs": config.epochs + config.fine_tune_epochs,
         **evaluate(dense, model, guide, pruned, result.masks, split),
+        "accuracy_test_dense": accuracy(outputs(dense, split.test[0].to(device)), split.test[1].to(device)),
         "seconds": result.seconds,
         "seconds_dense": dense_seconds,
     }

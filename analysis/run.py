@@ -13,10 +13,11 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from analysis.data import Split
-from analysis.dense import accuracy
+from analysis.dense import accuracy, outputs
+from pyro_bmrs.data import to_input
 from pyro_bmrs.io import write_json
 
-__all__ = ["draw_figures", "evaluate", "format_table", "save_run"]
+__all__ = ["compare", "draw_figures", "evaluate", "format_table", "save_run"]
 
 _LATENCY_BATCH = 128
 
@@ -24,19 +25,29 @@ _LATENCY_BATCH = 128
 def evaluate(
     dense: nn.Module,
     model: bmrs.NoisyNetwork,
-    guide: bmrs.TruncatedLogNormalGuide,
+    guide: bmrs.FlatGuide,
     pruned: nn.Module,
     masks: dict[str, torch.Tensor],
     split: Split,
 ) -> dict[str, Any]:
-    """Return the costs and accuracies of the dense, the masked and the pruned network, and what ``masks`` keep."""
-    device = guide.loc.device
-    (x_val, y_val), (x_test, y_test) = ((x.to(device), y.to(device)) for x, y in (split.validation, split.test))
-    batch = x_test[:_LATENCY_BATCH]
+    """Return what pruning has come to: ``compare``, the masked network's accuracy, and what ``masks`` keep."""
+    x_test, y_test = (part.to(guide.device) for part in split.test)
     masked_logits = bmrs.predict(model, guide, x_test)
-    with torch.no_grad():
-        pruned_logits, dense_logits = pruned(x_test), dense.eval()(x_test)
-    dense_seconds, pruned_seconds = bmrs.measure_latency([dense, pruned], batch)
+    return {
+        **compare(dense, pruned, split),
+        "accuracy_test_masked": accuracy(masked_logits, y_test),
+        "surgery_max_abs_error": (outputs(pruned, x_test) - masked_logits).abs().max().item(),
+        "structures": {site.removesuffix(".theta"): len(mask) for site, mask in masks.items()},
+        "kept": {site.removesuffix(".theta"): int(mask.sum()) for site, mask in masks.items()},
+    }
+
+
+def compare(dense: nn.Module, pruned: nn.Module, split: Split) -> dict[str, Any]:
+    """Return the costs of two networks on one device, the accuracies of the second, and on what they were measured."""
+    device = next(pruned.parameters()).device
+    (x_val, y_val), (x_test, y_test) = ((x.to(device), y.to(device)) for x, y in (split.validation, split.test))
+    batch = to_input(x_test[:_LATENCY_BATCH])
+    dense_seconds, pruned_seconds = bmrs.measure_latency([dense.eval(), pruned.eval()], batch)
     params_dense, params_pruned = bmrs.count_parameters(dense), bmrs.count_parameters(pruned)
     return {
         "params_dense": params_dense,
@@ -44,16 +55,11 @@ def evaluate(
         "compression": 1 - params_pruned / params_dense,
         "flops_dense": bmrs.count_flops(dense, batch[:1]),
         "flops_pruned": bmrs.count_flops(pruned, batch[:1]),
-        "accuracy_validation": accuracy(bmrs.predict(model, guide, x_val), y_val),
-        "accuracy_test": accuracy(pruned_logits, y_test),
-        "accuracy_test_masked": accuracy(masked_logits, y_test),
-        "accuracy_test_dense": accuracy(dense_logits, y_test),
-        "surgery_max_abs_error": (pruned_logits - masked_logits).abs().max().item(),
+        "accuracy_validation": accuracy(outputs(pruned, x_val), y_val),
+        "accuracy_test": accuracy(outputs(pruned, x_test), y_test),
         "latency_dense_ms": 1e3 * dense_seconds,
         "latency_pruned_ms": 1e3 * pruned_seconds,
         "latency_batch": len(batch),
-        "structures": {site.removesuffix(".theta"): len(mask) for site, mask in masks.items()},
-        "kept": {site.removesuffix(".theta"): int(mask.sum()) for site, mask in masks.items()},
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {

@@ -1,4 +1,4 @@
-"""LeNet-5, with noise on every filter and hidden neuron."""
+"""LeNet-5 in two versions, with noise on every filter and hidden neuron."""
 
 from collections import OrderedDict
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise
 
-__all__ = ["lenet5"]
+__all__ = ["lenet5", "lenet5_caffe"]
 
 
 def lenet5(in_channels: int = 1, classes: int = 10, noise_before_pool: bool = False) -> nn.Sequential:
@@ -40,7 +40,35 @@ def lenet5(in_channels: int = 1, classes: int = 10, noise_before_pool: bool = Fa
     )
 
 
-def _convolution(i: int, in_channels: int, filters: int, noise_before_pool: bool) -> dict[str, nn.Module]:
+def lenet5_caffe(in_channels: int = 1, classes: int = 10) -> nn.Sequential:
+    """Return Caffe's LeNet-5 for 28x28 images, the network on which Bayesian pruning is compared.
+
+    20 and 50 filters, 500 neurons, 431,080 parameters for one channel. The 800 inputs of the first dense layer, 16
+    positions of each of 50 filters, have noise of their own, so that they go one by one.
+
+    Args:
+        in_channels: Channels of the images.
+        classes: Number of outputs.
+
+    References:
+        Structured Bayesian Pruning via Log-Normal Multiplicative Noise (Neklyudov et al., 2017)
+        Bayesian Compression for Deep Learning (Louizos et al., 2017)
+    """
+    return nn.Sequential(
+        OrderedDict(
+            **_convolution(1, in_channels, 20),
+            **_convolution(2, 20, 50),
+            flatten=nn.Flatten(),
+            flatten_noise=MultiplicativeNoise(50 * 16),
+            fc1=nn.Linear(50 * 16, 500),
+            fc1_activation=nn.ReLU(),
+            fc1_noise=MultiplicativeNoise(500),
+            output=nn.Linear(500, classes),
+        )
+    )
+
+
+def _convolution(i: int, in_channels: int, filters: int, noise_before_pool: bool = False) -> dict[str, nn.Module]:
     """Return the layers of convolution ``i``, its noise on either side of the pooling."""
     noise, pool = {f"conv{i}_noise": MultiplicativeNoise(filters)}, {f"conv{i}_pool": nn.MaxPool2d(2)}
     layers = {f"conv{i}": nn.Conv2d(in_channels, filters, 5), f"conv{i}_activation": nn.ReLU()}

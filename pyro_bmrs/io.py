@@ -187,10 +187,10 @@ class AtomicFile:
             self.partial.unlink(missing_ok=True)
 
 
-def write_json(path: PathLike, content: Any) -> None:
-    """Write ``content`` as JSON, complete or not at all."""
+def write_json(path: PathLike, content: Any, indent: int | None = 2) -> None:
+    """Write ``content`` as JSON, complete or not at all; ``indent=None`` writes it on one line."""
     with AtomicFile(Path(path)) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def prepare_run_folder(path: PathLike, overwrite: bool = False, resume: bool = False) -> Path:

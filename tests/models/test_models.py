@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import pyro_bmrs as bmrs
-from models import lenet5, mlp, resnet
+from models import lenet5, lenet5_caffe, mlp, resnet
 from pyro_bmrs.noise import fix_noise
 
 
@@ -23,6 +23,23 @@ def test_mlp_has_noise_after_each_activation():
     assert net(torch.zeros(2, 4, 5)).shape == (2, 4)
     assert bmrs.NoisyNetwork(net).sizes == {f"fc{i}_noise.theta": 7 for i in (1, 2, 3)}
     assert bmrs.count_parameters(net) == 20 * 7 + 7 + 2 * (7 * 7 + 7) + 7 * 4 + 4
+
+
+def test_mlp_may_have_noise_on_its_inputs():
+    net = mlp(20, hidden=7, layers=1, classes=4, input_noise=True)
+    assert net(torch.zeros(2, 4, 5)).shape == (2, 4)
+    assert bmrs.NoisyNetwork(net).sizes == {"input_noise.theta": 20, "fc1_noise.theta": 7}
+
+
+def test_caffes_lenet5_can_lose_single_inputs_of_its_dense_layer():
+    model = bmrs.NoisyNetwork(lenet5_caffe())
+    assert bmrs.count_parameters(model.net) == 431_080
+    assert list(model.sizes.values()) == [20, 50, 800, 500]
+    generator = torch.Generator().manual_seed(0)
+    masks = {site: torch.rand(size, generator=generator) < 0.3 for site, size in model.sizes.items()}
+    small = bmrs.compact(model, bmrs.TruncatedLogNormalGuide(model), masks, torch.randn(2, 1, 28, 28))
+    filters = masks["conv2_noise.theta"].repeat_interleave(16)
+    assert small.fc1.in_features == int((filters & masks["flatten_noise.theta"]).sum())
 
 
 def test_noise_is_the_identity_outside_a_model():

@@ -1,0 +1,308 @@
+"""What a run of the study is, down to the last setting, and the recipes that fill the settings in.
+
+A recipe is nothing but values of options that the library has for everyone; ``analysis.experiment`` knows of none.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args
+
+from pyro_bmrs import BMRS_N, BMRS_U, SNR, Criterion, GradientWeightNorm, PosteriorMean, WeightNorm, bmrs_n_reference
+
+__all__ = ["METHODS", "DatasetName", "NetworkName", "RecipeName", "RunConfig", "criterion", "make_config"]
+
+DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "digits"]
+NetworkName = Literal["mlp", "mlp_inputs", "lenet5", "lenet5_caffe"]
+RecipeName = Literal["paper", "ours"]
+
+METHODS = ("none", "L2", "E[theta]", "SNR", "BMRS_N", "BMRS_U-8", "BMRS_U-4", "gradient")
+_EVIDENCE = re.compile(r"BMRS_N|BMRS_U-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides what one run comes to; where and how fast it is executed does not belong here.
+
+    Attributes:
+        dataset: Its short name.
+        network: ``"mlp"``, ``"mlp_inputs"`` (noise on the network's inputs too), ``"lenet5"`` or ``"lenet5_caffe"``.
+        method: One of ``METHODS``, or ``"BMRS_U-p1"`` of any p1.
+        recipe: Name of the recipe that the settings below started from.
+        seed: Of initial weights, data order and noise.
+        epochs: Epochs with noise; of the dense network all.
+        fine_tune_epochs: Epochs at the posterior mean.
+        batch_size: Examples a step, at most.
+        lr: Initial learning rate of the weights.
+        posterior_lr: That of the posterior.
+        decay: Whether both fall along a cosine.
+        kl_weight: A number, or ``"reference"`` for ``reference_kl_weights``.
+        kl_warmup_epochs: Epochs over which the KL's weight rises.
+        granularity: How often noise is drawn.
+        pruning: ``"continuous"`` or ``"post-training"``.
+        prune_from: First epoch after which to prune continuously.
+        prune_until: Last one.
+        prior_log_odds: Of the evidence criterion, or of that whose compression is matched; 0 where there is none.
+        p2: Of BMRS_U, also where others are compared with it; None reaches down to the prior's bound.
+        hidden: Width of an MLP's hidden layers; 0 for other networks.
+        layers: Number of them; 0 for other networks.
+        image_size: Height and width of the images.
+        noise_before_pool: Where filters' noise stands, see ``models.lenet5``.
+    """
+
+    dataset: str
+    network: str
+    method: str
+    recipe: str
+    seed: int
+    epochs: int
+    fine_tune_epochs: int
+    batch_size: int
+    lr: float
+    posterior_lr: float
+    decay: bool
+    kl_weight: float | str
+    kl_warmup_epochs: int
+    granularity: Literal["example", "batch", "element"]
+    pruning: Literal["continuous", "post-training"]
+    prune_from: int
+    prune_until: int
+    prior_log_odds: float
+    p2: float | None
+    hidden: int
+    layers: int
+    image_size: int
+    noise_before_pool: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids
+            value = getattr(self, field.name)
+            if type(value) is int and (field.type is float or float in get_args(field.type)):
+                object.__setattr__(self, field.name, float(value))
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that name the configuration, the same in every process and version of Python.
+
+        A field that has a default and still has that value is left out, so that one added later changes no id.
+        """
+        content = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """What a person calls the run."""
+        weight = "" if isinstance(self.kl_weight, str) or self.method == "none" else f" kl {self.kl_weight:g}"
+        return f"{self.dataset} {self.network} {self.method} {self.recipe}{weight} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the paper's appendix says of one network on one data set; widths and depths are an MLP's."""
+
+    batch_size: int
+    lr: float
+    hidden: int = 0
+    layers: int = 0
+
+
+# An MLP of the paper's n has n + 1 hidden layers. Digits are ours, for tests.
+_SETTINGS: dict[tuple[str, str], _Setting] = {
+    ("mlp", "mnist"): _Setting(128, 8.5e-4, 100, 8),
+    ("mlp", "fashion_mnist"): _Setting(128, 1.5e-3, 150, 2),
+    ("mlp", "cifar10"): _Setting(32, 6.8e-4, 150, 6),
+    ("mlp", "digits"): _Setting(64, 4e-3, 100, 3),
+    ("lenet5", "mnist"): _Setting(128, 1.4e-3),
+    ("lenet5", "fashion_mnist"): _Setting(32, 1.4e-3),
+    ("lenet5", "cifar10"): _Setting(64, 1e-3),
+    ("lenet5", "digits"): _Setting(64, 4e-3),
+    ("lenet5_caffe", "mnist"): _Setting(128, 1.4e-3),
+    ("lenet5_caffe", "fashion_mnist"): _Setting(128, 1.4e-3),
+    ("lenet5_caffe", "digits"): _Setting(64, 4e-3),
+}
+
+
+@dataclass(frozen=True)
+class _Ours:
+    """Our setting of one network on one data set, chosen on validation data."""
+
+    kl_weight: float
+    epochs: int
+    fine_tune_epochs: int
+
+
+_OURS: dict[tuple[str, str], _Ours] = {
+    ("mlp", "mnist"): _Ours(10, 40, 20),
+    ("mlp", "fashion_mnist"): _Ours(10, 40, 20),
+    ("mlp", "cifar10"): _Ours(10, 40, 20),
+    ("mlp", "digits"): _Ours(2, 60, 20),
+    ("lenet5", "mnist"): _Ours(30, 22, 10),
+    ("lenet5", "fashion_mnist"): _Ours(30, 22, 10),
+    ("lenet5", "cifar10"): _Ours(15, 12, 6),
+    ("lenet5", "digits"): _Ours(1, 60, 20),
+    ("lenet5_caffe", "mnist"): _Ours(30, 40, 20),
+    ("lenet5_caffe", "fashion_mnist"): _Ours(30, 40, 20),
+    ("lenet5_caffe", "digits"): _Ours(1, 60, 20),
+}
+
+
+def make_config(
+    dataset: str,
+    network: str,
+    method: str,
+    recipe: str,
+    seed: int,
+    *,
+    pruning: Literal["continuous", "post-training"] = "continuous",
+    epochs: int | None = None,
+    fine_tune_epochs: int | None = None,
+    kl_weight: float | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """Return the recipe's configuration of a run.
+
+    Args:
+        dataset: Short name of the data set.
+        network: Name of the network.
+        method: One of ``METHODS``, or ``"BMRS_U-p1"``.
+        recipe: ``"paper"`` or ``"ours"``.
+        seed: Of the run.
+        pruning: When to remove.
+        epochs: Epochs in which structures are removed; by default the recipe's.
+        fine_tune_epochs: Epochs after them, with the noise on in the paper's recipe and off in ours. After-training
+            pruning fine-tunes at its levels instead.
+        kl_weight: Instead of the recipe's.
+        changes: Any other field of ``RunConfig``.
+
+    Raises:
+        ValueError: If there is no such method or recipe, or no setting for this network on this data set.
+    """
+    _check_method(method)
+    if recipe not in get_args(RecipeName):
+        raise ValueError(f"there is no recipe {recipe!r}; choose one of {', '.join(get_args(RecipeName))}")
+    family = network.removesuffix("_inputs")
+    if (family, dataset) not in _SETTINGS:
+        raise ValueError(f"there is no setting for the network {network!r} on {dataset!r}; there are {_pairs()}")
+    setting, ours = _SETTINGS[family, dataset], _OURS[family, dataset]
+    common: dict[str, Any] = {
+        "dataset": dataset,
+        "network": network,
+        "method": method,
+        "recipe": recipe,
+        "seed": seed,
+        "batch_size": setting.batch_size,
+        "lr": setting.lr,
+        "pruning": pruning,
+        "hidden": setting.hidden,
+        "layers": setting.layers,
+        "image_size": 28 if network == "lenet5_caffe" else 32,
+    }
+    if recipe == "paper":
+        epochs, tuning = _given(epochs, 50), _given(fine_tune_epochs, 10)
+        specific = _paper(method, network, epochs, 0 if pruning == "post-training" else tuning, setting.lr)
+    else:
+        epochs, tuning = _given(epochs, ours.epochs), _given(fine_tune_epochs, ours.fine_tune_epochs)
+        specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning, setting.lr)
+        specific["kl_weight"] = ours.kl_weight
+    if kl_weight is not None:
+        specific["kl_weight"] = kl_weight
+    settings = {**common, **specific, **changes}
+    return RunConfig(**(_without_noise(settings) if method == "none" else settings))
+
+
+def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int, lr: float) -> dict[str, Any]:
+    """Return the reference implementation's settings; it fine-tunes with noise, without removing any more."""
+    return {
+        "epochs": epochs + fine_tune_epochs,
+        "fine_tune_epochs": 0,
+        "posterior_lr": lr,
+        "decay": False,
+        "kl_weight": "reference",
+        "kl_warmup_epochs": 0,
+        "granularity": "element",
+        "prune_from": 1,
+        "prune_until": epochs,
+        # Its BMRS_N, which L2 and gradient norm are matched to, lacks a term of eq. 8; its BMRS_U lacks none.
+        "prior_log_odds": bmrs_n_reference.prior_log_odds if method in ("BMRS_N", "L2", "gradient") else 0.0,
+        "p2": 23.0,
+        "noise_before_pool": network == "lenet5",
+    }
+
+
+def _ours(method: str, epochs: int, fine_tune_epochs: int, lr: float) -> dict[str, Any]:
+    """Return the library's defaults, written out so that an id does not change its meaning when they do."""
+    judged = method in ("L2", "gradient") or _EVIDENCE.fullmatch(method)
+    return {
+        "epochs": epochs,
+        "fine_tune_epochs": fine_tune_epochs,
+        "posterior_lr": 50 * lr,
+        "decay": True,
+        "kl_warmup_epochs": epochs // 4,
+        "granularity": "example",
+        "prune_from": epochs // 4 + 1,
+        "prune_until": epochs,
+        "prior_log_odds": math.log(3) if judged else 0.0,
+        "p2": None,
+        "noise_before_pool": False,
+    }
+
+
+def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a dense network, the same one whatever those of the noise would have been."""
+    return {
+        **settings,
+        "epochs": settings["epochs"] + settings["fine_tune_epochs"],
+        "fine_tune_epochs": 0,
+        "posterior_lr": settings["lr"],
+        "kl_weight": 1.0,
+        "kl_warmup_epochs": 0,
+        "granularity": "example",
+        "pruning": "continuous",
+        "prune_from": 1,
+        "prune_until": 0,
+        "prior_log_odds": 0.0,
+        "p2": None,
+        "noise_before_pool": False,
+    }
+
+
+def criterion(config: RunConfig) -> Criterion | None:
+    """Return the criterion that a configuration names; None for the dense network."""
+    matched = BMRS_N(prior_log_odds=config.prior_log_odds)
+    fixed: dict[str, Criterion | None] = {
+        "none": None,
+        "L2": WeightNorm(match=matched),
+        "gradient": GradientWeightNorm(match=matched),
+        "E[theta]": PosteriorMean(0.1),
+        "SNR": SNR(1.0),
+        "BMRS_N": matched,
+    }
+    if config.method in fixed:
+        return fixed[config.method]
+    return BMRS_U(_p1(config.method), config.p2, prior_log_odds=config.prior_log_odds)
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS and not _EVIDENCE.fullmatch(method):
+        raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}, or BMRS_U-p1 of any p1")
+
+
+def _p1(method: str) -> int:
+    match = _EVIDENCE.fullmatch(method)
+    assert match is not None, method
+    return int(match[1])
+
+
+def _given(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
+def _pairs() -> str:
+    return ", ".join(f"{network} on {dataset}" for network, dataset in _SETTINGS)

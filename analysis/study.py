@@ -1,0 +1,231 @@
+"""The comparative study: python -m analysis.study [--grid table1] [--recipe paper] [--seeds 0 1 2] [--jobs 2]."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import joblib
+import tyro
+
+from analysis.experiment import Execution
+from analysis.hub import image_set, locate
+from analysis.progress import Progress
+from analysis.recipes import METHODS, DatasetName, NetworkName, RecipeName, RunConfig, make_config
+from analysis.scheduling import connect, count_workers, on_dask, on_this_machine
+from analysis.store import Store
+from analysis.tables import write_tables
+
+__all__ = ["GRIDS", "Grid", "Study", "configurations", "main"]
+
+Pruning = Literal["continuous", "post-training"]
+_SEVEN = tuple(method for method in METHODS if method != "gradient")  # those of the paper's table 1
+_RESULTS = Path(__file__).parent / "results" / "study"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Axes whose product is a set of runs, and what holds for all of them."""
+
+    datasets: tuple[DatasetName, ...]
+    networks: tuple[NetworkName, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    recipes: tuple[RecipeName, ...] = ("paper", "ours")
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+GRIDS = {
+    "smoke": Grid(
+        ("digits",), ("mlp", "lenet5"), ("none", "L2", "BMRS_N"), (0,), changes={"epochs": 6, "fine_tune_epochs": 2}
+    ),
+    "table1": Grid(("mnist", "fashion_mnist", "cifar10"), ("mlp", "lenet5"), _SEVEN),
+    "curves": Grid(
+        ("mnist", "fashion_mnist", "cifar10"),
+        ("mlp", "lenet5"),
+        METHODS[1:],
+        recipes=("paper",),
+        changes={"pruning": "post-training"},
+    ),
+    # The window of p1 = 23 would be empty, since the paper's p2 is 23.
+    "precision": Grid(
+        ("mnist", "cifar10"), ("mlp", "lenet5"), tuple(f"BMRS_U-{p1}" for p1 in range(22, 0, -1)), recipes=("paper",)
+    ),
+    "caffe": Grid(("mnist",), ("lenet5_caffe",), ("none", "BMRS_N"), recipes=("ours",)),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run a grid of the study, skipping what is done, or render the tables of what was found."""
+
+    grid: Literal["smoke", "table1", "curves", "precision", "caffe"] = "smoke"
+    """A named grid, of which every axis can be replaced by the options below."""
+    datasets: tuple[DatasetName, ...] = ()
+    """By default the grid's, fashion_mnist only if its files are in the data folder."""
+    networks: tuple[NetworkName, ...] = ()
+    """mlp_inputs is the MLP with noise on its inputs too."""
+    methods: tuple[str, ...] = ()
+    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient."""
+    seeds: tuple[int, ...] = ()
+    recipes: Annotated[tuple[RecipeName, ...], tyro.conf.arg(aliases=["--recipe"])] = ()
+    """paper: what its reference implementation does; ours: the library's defaults."""
+    kl_weight: tuple[float, ...] = ()
+    """Instead of the recipe's; several make an axis."""
+    epochs: int | None = None
+    """In which structures are removed, instead of the recipe's."""
+    fine_tune_epochs: int | None = None
+    """After them, instead of the recipe's."""
+    batch_size: int | None = None
+    lr: float | None = None
+    posterior_lr: float | None = None
+    prior_log_odds: float | None = None
+    pruning: Pruning | None = None
+    jobs: int = 1
+    """Runs side by side, in processes of this machine."""
+    threads: int = 0
+    """Of the CPU for each run; 0 shares the cores among the jobs, on a cluster it is 1."""
+    backend: Literal["local", "dask"] = "local"
+    scheduler: str | None = None
+    """Address of dask's scheduler; workers, of one thread each, need this checkout, the data and the work folder."""
+    device: str = "auto"
+    compile: bool = False
+    """Compile training steps (on CUDA: capture them as a graph)."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints: what an interruption costs at most."""
+    data_dir: Path | None = None
+    """Folder of data sets; by default BMRS_DATA, or else they are downloaded."""
+    work: Path = Path("runs/study")
+    """Folder of checkpoints."""
+    results: Path = _RESULTS
+    """Folder of runs/ID.json and of the tables."""
+    retry: bool = False
+    """Run again what failed before."""
+    dry_run: bool = False
+    """Only list the runs and their states."""
+    table: bool = False
+    """Run nothing; render the grid's results found so far as Markdown and LaTeX."""
+
+
+def main(study: Study, arguments: Sequence[str] = ()) -> bool:
+    """Run the study and return whether nothing of it has failed; ``arguments`` are noted as what was asked for."""
+    store = Store(study.results / "runs")
+    configs = configurations(study)
+    if study.table:
+        found = [store.read(config) for config in configs if store.state(config) == "done"]
+        print(write_tables(found, study.results, study.grid))
+        return True
+    if study.dry_run:
+        for config in configs:
+            print(f"{config.id}  {store.state(config):8}{config.label}")
+        return True
+    wanted = ("pending", "failed") if study.retry else ("pending",)
+    todo = [config for config in configs if store.state(config) in wanted]
+    done = [config for config in configs if store.state(config) == "done"]
+    print(f"{len(configs)} runs: {len(done)} done, {len(todo)} to do", flush=True)
+    if todo:
+        _run(study, todo, [(config, store.read(config)["seconds"]) for config in done], store, _command(arguments))
+    return _list_failures(configs, store) == 0
+
+
+def configurations(study: Study) -> list[RunConfig]:
+    """Return the runs of a study, each once; in an order in which a whole table of one seed comes first."""
+    grid = GRIDS[study.grid]
+    names = ("epochs", "fine_tune_epochs", "batch_size", "lr", "posterior_lr", "prior_log_odds", "pruning")
+    given = {name: getattr(study, name) for name in names if getattr(study, name) is not None}
+    axes = product(
+        study.seeds or grid.seeds,
+        study.methods or grid.methods,
+        study.recipes or grid.recipes,
+        study.kl_weight or (None,),
+        study.datasets or tuple(name for name in grid.datasets if _is_at_hand(name, study.data_dir)),
+        study.networks or grid.networks,
+    )
+    return list(
+        dict.fromkeys(
+            make_config(dataset, network, method, recipe, seed, kl_weight=kl_weight, **{**grid.changes, **given})
+            for seed, method, recipe, kl_weight, dataset, network in axes
+        )
+    )
+
+
+def _is_at_hand(dataset: str, data_dir: Path | None) -> bool:
+    """Return whether a grid should take a data set: Fashion-MNIST only where someone has put its files."""
+    if dataset != "fashion_mnist":
+        return True
+    if data_dir is None and not os.environ.get("BMRS_DATA"):
+        return False
+    try:
+        locate(image_set(dataset), data_dir)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _run(
+    study: Study, todo: Sequence[RunConfig], done: list[tuple[RunConfig, float]], store: Store, command: str
+) -> None:
+    """Execute runs and keep what each comes to as soon as it ends."""
+    if study.jobs < 1:
+        raise ValueError(f"jobs must be at least 1, but got {study.jobs}")
+    local = study.backend == "local"
+    execution = Execution(
+        work=study.work.resolve(),
+        data_dir=None if study.data_dir is None else study.data_dir.expanduser().resolve(),
+        device=study.device,
+        threads=study.threads or (max(joblib.cpu_count() // study.jobs, 1) if local else 1),
+        compile=study.compile,
+        checkpoint_every=study.checkpoint_every,
+    )
+    with ExitStack() as stack:
+        if local:
+            jobs, outcomes = study.jobs, on_this_machine(todo, execution, study.jobs)
+        else:
+            client = stack.enter_context(connect(study.scheduler))
+            jobs, outcomes = count_workers(client), on_dask(todo, execution, client)
+        stack.enter_context(closing(outcomes))
+        progress = stack.enter_context(Progress(todo, done, execution, jobs))
+        about = {"command": command, "jobs": jobs, "backend": study.backend}
+        for outcome in outcomes:
+            if outcome.results is None:
+                store.write_error(outcome.config, outcome.error, outcome.traceback, **about)
+            else:
+                store.write(outcome.config, outcome.results, **about)
+            progress.tell(outcome.config, outcome.results, outcome.error)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return the command to give again, without what is of this machine only."""
+    private = re.compile(r"--(data[-_]dir|work|results|scheduler)(=.*)?")
+    kept, skip = ["python -m analysis.study"], False
+    for argument in arguments:
+        match = private.fullmatch(argument)
+        if not (skip or match):
+            kept.append(shlex.quote(argument))
+        skip = match is not None and match[2] is None
+    return " ".join(kept)
+
+
+def _list_failures(configs: Sequence[RunConfig], store: Store) -> int:
+    failed = [config for config in configs if store.state(config) == "failed"]
+    for config in failed:
+        print(f"failed: {config.id}  {config.label}: {store.read_error(config)['error']}")
+    if failed:
+        print(f"{len(failed)} runs failed; tracebacks are in {store.folder}/ID.error.json; --retry runs them again")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(0 if main(tyro.cli(Study), sys.argv[1:]) else 1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is done is kept, and the same command goes on from the last checkpoints")
+        sys.exit(130)
+    except (ImportError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

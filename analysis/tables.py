@@ -1,0 +1,233 @@
+"""Results of the study as tables beside the paper's numbers, in Markdown and LaTeX: python -m analysis.tables."""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from analysis.recipes import METHODS, RunConfig, make_config
+from analysis.store import Store
+
+__all__ = ["Table", "Tables", "latex", "main", "markdown", "tabulate", "write_tables"]
+
+_PAPER = Path(__file__).parent / "paper_numbers.json"
+_RESULTS = Path(__file__).parent / "results" / "study"
+_TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "digits": "digits",
+    "mlp": "MLP",
+    "mlp_inputs": "MLP with noise on its inputs too",
+    "lenet5": "LeNet-5",
+    "lenet5_caffe": "LeNet-5-Caffe, with noise on the inputs of its first dense layer too",
+}
+_LEGEND = (
+    "Parameters removed % / test accuracy %: mean ± standard deviation over seeds, whose number stands in brackets. "
+    "Runs were on a CPU, with † on a GPU, with ‡ on both. The paper's are of 10 seeds."
+)
+
+_FOLLOW = ("kl_warmup_epochs", "prune_from", "prune_until")  # from the number of epochs
+
+Result = dict[str, Any]
+Point = tuple[float, float]  # parameters removed and test accuracy, in %
+
+
+@dataclass(frozen=True)
+class Table:
+    """One network's table, as plain text.
+
+    Attributes:
+        title: What it is of.
+        head: Names of the columns.
+        rows: A cell for each.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tabulate(results: Iterable[Result]) -> list[Table]:
+    """Return a table for each network and way of pruning: a row for each recipe and method, data sets side by side.
+
+    Runs after training count at the level where their criterion stops; those of criteria that do not stop are left out.
+    """
+    paper = json.loads(_PAPER.read_text(encoding="utf-8"))["table1"]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result["config"]["network"], result["config"]["pruning"]), []).append(result)
+    networks = list(_TITLES)
+    order = sorted(groups, key=lambda group: (group[1], networks.index(group[0])))
+    # The published table is of pruning while training.
+    return [
+        _table(*group, groups[group], paper.get(group[0], {}) if group[1] == "continuous" else {}) for group in order
+    ]
+
+
+def _table(network: str, pruning: str, results: Sequence[Result], paper: Mapping[str, Any]) -> Table:
+    cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+    for result in results:
+        config = RunConfig(**result["config"])
+        row = (config.recipe, config.method, _changes(config))
+        cells.setdefault(row, {}).setdefault(config.dataset, []).append(result)
+    datasets = [name for name in _TITLES if any(name in row for row in cells.values())]
+    head = ["recipe", "method"]
+    for name in datasets:
+        head += [_TITLES[name], f"{_TITLES[name]}, paper"] if name in paper else [_TITLES[name]]
+    rows = []
+    for (recipe, method, changes), by_dataset in sorted(cells.items(), key=lambda item: _rank(*item[0])):
+        line = [recipe, f"{method} ({changes})" if changes else method]
+        for name in datasets:
+            line.append(_measured(by_dataset.get(name, [])))
+            if name in paper:
+                line.append(_published(paper[name].get(method)))
+        rows.append(line)
+    title = _TITLES[network] + ("" if pruning == "continuous" else ", pruned after training")
+    return Table(title, head, rows)
+
+
+def _rank(recipe: str, method: str, changes: str) -> tuple[bool, int, str, str]:
+    return recipe == "ours", METHODS.index(method) if method in METHODS else len(METHODS), method, changes
+
+
+def _changes(config: RunConfig) -> str:
+    """Return the settings in which a run differs from its recipe."""
+    names = (config.dataset, config.network, config.method, config.recipe)
+    default = make_config(*names, config.seed, pruning=config.pruning)
+    own = [field.name for field in fields(config) if field.name not in _FOLLOW]
+    changed = [name for name in own if getattr(config, name) != getattr(default, name)]
+    return ", ".join(f"{name} {_short(getattr(config, name))}" for name in changed)
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _measured(results: Sequence[Result]) -> str:
+    points = [(point, result) for result in results if (point := _point(result)) is not None]
+    if not points:
+        return ""
+    on_gpu = [result["device"].startswith("cuda") for _, result in points]
+    mark = "†" if all(on_gpu) else "‡" if any(on_gpu) else ""
+    removed, accuracy = (_mean_and_sd([point[i] for point, _ in points]) for i in (0, 1))
+    return f"{removed} / {accuracy} ({len(points)}){mark}"
+
+
+def _point(result: Result) -> Point | None:
+    """Return what a run stands for in a table."""
+    curve = result.get("curve")
+    if curve is None:
+        return 100 * result["compression"], 100 * result["accuracy_test"]
+    if result["stop_level"] not in curve["level"]:
+        return None
+    i = curve["level"].index(result["stop_level"])
+    return 100 * curve["compression"][i], 100 * curve["accuracy_test"][i]
+
+
+def _mean_and_sd(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _published(numbers: Sequence[float | None] | None) -> str:
+    if numbers is None:
+        return ""
+    removed, removed_sd, accuracy, accuracy_sd = numbers
+    pairs = ((removed, removed_sd), (accuracy, accuracy_sd))
+    return " / ".join(f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}" for mean, sd in pairs)
+
+
+def markdown(tables: Iterable[Table]) -> str:
+    """Return tables as Markdown."""
+    parts = []
+    for table in tables:
+        lines = [table.head, ["---"] * len(table.head), *table.rows]
+        parts.append("\n".join([f"**{table.title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines)]))
+    return "\n\n".join(parts)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "_": r"\_",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
+}
+
+
+def latex(tables: Iterable[Table]) -> str:
+    """Return tables as LaTeX, for the package booktabs."""
+    parts = []
+    for table in tables:
+        lines = [f"% {table.title}", rf"\begin{{tabular}}{{ll{'r' * (len(table.head) - 2)}}}", r"\toprule"]
+        lines += [_latex_row(table.head), r"\midrule", *map(_latex_row, table.rows), r"\bottomrule", r"\end{tabular}"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(_latex_text(cell) for cell in cells) + r" \\"
+
+
+def _latex_text(text: str) -> str:
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return escaped.replace("E[theta]", r"$\mathrm{E}[\theta]$")
+
+
+def write_tables(results: Sequence[Result], folder: Path, name: str) -> str:
+    """Write the tables of some results as ``name.md`` and ``name.tex``, and return the former."""
+    tables = tabulate(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = _provenance(results)
+    text = f"{markdown(tables)}\n\n{_LEGEND}\n\n{about}\n"
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    comments = "\n".join(f"% {line}" for line in (_LEGEND, *about.splitlines()))
+    (folder / f"{name}.tex").write_text(f"{latex(tables)}\n\n{_latex_comment(comments)}\n", encoding="utf-8")
+    return text
+
+
+def _latex_comment(text: str) -> str:
+    return text.replace("±", "+-").replace("†", "dagger").replace("‡", "double dagger")
+
+
+def _provenance(results: Sequence[Result]) -> str:
+    """Return on what machines, with what versions, when and by which commands the results were made."""
+    if not results:
+        return "No results yet."
+    dates = sorted(result["date"][:10] for result in results)
+    lines = [f"{len(results)} runs, {dates[0]} to {dates[-1]}."]
+    for what, values in (
+        ("Machines", (result["device"] for result in results)),
+        ("Versions", (", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results)),
+        ("Commands", (f"`{result['command']}`" for result in results)),
+    ):
+        lines.append(f"{what}: {'; '.join(dict.fromkeys(values))}.")
+    return "\n\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Render every result there is, of whatever grid."""
+
+    results: Path = _RESULTS
+    """Folder of runs/ID.json and of the tables."""
+
+
+def main(tables: Tables) -> None:
+    """Write and print the tables of all results."""
+    print(write_tables(Store(tables.results / "runs").read_all(), tables.results, "all"))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Tables))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,322 @@
+import dataclasses
+import io
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+
+import psutil
+import pytest
+
+from analysis import scheduling
+from analysis.experiment import Execution, execute, is_running, work_folder
+from analysis.progress import Progress, format_seconds, seconds_left
+from analysis.recipes import METHODS, RunConfig, criterion, make_config
+from analysis.store import Store
+from analysis.study import GRIDS, Study, _command, configurations, main
+from pyro_bmrs import BMRS_U, WeightNorm, bmrs_n_reference
+from pyro_bmrs.callbacks import JSONLines
+
+TINY = {"epochs": 2, "fine_tune_epochs": 1}
+OF_THE_MACHINE = ("seconds", "latency_dense_ms", "latency_pruned_ms", "sessions", "date")
+
+
+def study(folder, **changes):
+    settings = {"networks": ("mlp",), "methods": ("BMRS_N",), "recipes": ("ours",), "device": "cpu", "threads": 1}
+    return Study(work=folder / "work", results=folder / "results", **{**settings, **TINY, **changes})
+
+
+def store(folder):
+    return Store(folder / "results" / "runs")
+
+
+def without_times(results):
+    return {key: value for key, value in results.items() if key not in OF_THE_MACHINE}
+
+
+def results_of(config):
+    """What a run comes to, as far as tables and displays look at it."""
+    return {"seconds": 1.0, "compression": 0.5, "accuracy_test": 0.9, "device": "cpu: x", "versions": {"torch": "2"}}
+
+
+def test_ids_are_stable_and_distinct():
+    config = make_config("mnist", "lenet5", "BMRS_N", "ours", 0)
+    assert config.id == "163a79cd1124"
+    grid = configurations(Study(grid="table1", datasets=("mnist", "cifar10"), seeds=(0, 1)))
+    assert len({config.id for config in grid}) == len(grid) == 2 * 2 * 2 * 2 * 7
+    assert replace(config, kl_weight=30) == replace(config, kl_weight=30.0)
+    assert replace(config, kl_weight=30).id == config.id != replace(config, kl_weight=31).id
+    assert RunConfig(**json.loads(json.dumps(asdict(config)))).id == config.id
+
+
+def test_a_field_added_later_leaves_ids_as_they_are():
+    config = make_config("digits", "mlp", "SNR", "ours", 0)
+    longer = dataclasses.make_dataclass("Longer", [("extra", int, 0)], bases=(RunConfig,), frozen=True)
+    assert longer(**asdict(config)).id == config.id
+    assert longer(**asdict(config), extra=1).id != config.id
+
+
+def test_the_papers_recipe_is_the_references():
+    config = make_config("mnist", "lenet5", "BMRS_N", "paper", 0)
+    assert (config.epochs, config.fine_tune_epochs, config.prune_from, config.prune_until) == (60, 0, 1, 50)
+    assert (config.granularity, config.kl_weight, config.decay, config.kl_warmup_epochs) == (
+        "element",
+        "reference",
+        False,
+        0,
+    )
+    assert (config.batch_size, config.lr, config.posterior_lr, config.noise_before_pool) == (128, 1.4e-3, 1.4e-3, True)
+    assert criterion(config) == bmrs_n_reference
+    assert criterion(replace(config, method="L2")) == WeightNorm(match=bmrs_n_reference)
+    assert criterion(make_config("mnist", "mlp", "BMRS_U-4", "paper", 0)) == BMRS_U(4, 23)
+    assert make_config("mnist", "mlp", "SNR", "paper", 0, epochs=6, fine_tune_epochs=2).prune_until == 6
+
+
+def test_the_dense_network_is_one_run_whatever_the_settings_of_noise():
+    both = configurations(Study(methods=("none", "SNR"), recipes=("ours",), networks=("mlp",), kl_weight=(1.0, 2.0)))
+    assert [config.method for config in both] == ["none", "SNR", "SNR"]
+    assert both[0].epochs == both[1].epochs + both[1].fine_tune_epochs
+
+
+def test_axes_and_settings_can_be_replaced():
+    only = configurations(Study(grid="table1", datasets=("digits",), networks=("lenet5",), methods=("BMRS_U-12",),
+                                seeds=(7,), recipes=("ours",), epochs=3, lr=0.1, kl_weight=(5.0,)))  # fmt: skip
+    assert [(c.dataset, c.method, c.seed, c.epochs, c.lr, c.kl_weight) for c in only] == [
+        ("digits", "BMRS_U-12", 7, 3, 0.1, 5.0)
+    ]
+    with pytest.raises(ValueError, match="no method 'L1'"):
+        configurations(Study(methods=("L1",)))
+    with pytest.raises(ValueError, match="no setting for the network 'lenet5_caffe' on 'cifar10'"):
+        configurations(Study(networks=("lenet5_caffe",), datasets=("cifar10",)))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_grids_are_of_runs_that_exist(grid, monkeypatch):
+    monkeypatch.delenv("BMRS_DATA", raising=False)
+    runs = configurations(Study(grid=grid))
+    assert "fashion_mnist" not in {config.dataset for config in runs}
+    assert all(criterion(config) is not None or config.method == "none" for config in runs)
+
+
+def test_what_is_done_is_skipped_and_what_failed_retried_on_request(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def sometimes(config, execution):
+        asked.append(config.seed)
+        if config.seed == 1 and len(asked) < 4:
+            raise FloatingPointError("the loss became nan")
+        return results_of(config)
+
+    monkeypatch.setattr(scheduling, "execute", sometimes)
+    three = study(tmp_path, seeds=(0, 1, 2))
+    assert not main(three, ["--seeds", "0", "1", "2", "--work", "/somewhere"])
+    out = capsys.readouterr().out
+    failed = configurations(three)[1]
+    assert f"failed: {failed.id}  {failed.label}: FloatingPointError: the loss became nan" in out
+    error = store(tmp_path).read_error(failed)
+    assert "in sometimes" in error["traceback"]
+    assert error["command"] == "python -m analysis.study --seeds 0 1 2"
+    assert [store(tmp_path).state(config) for config in configurations(three)] == ["done", "failed", "done"]
+    assert not main(three)
+    assert asked == [0, 1, 2]
+    assert main(replace(three, retry=True))
+    assert asked == [0, 1, 2, 1]
+    assert [store(tmp_path).state(config) for config in configurations(three)] == ["done"] * 3
+    capsys.readouterr()
+    main(replace(three, dry_run=True))
+    assert capsys.readouterr().out.count("done") == 3
+
+
+def test_a_corrupt_result_is_named(tmp_path):
+    config = make_config("digits", "mlp", "SNR", "ours", 0)
+    Store(tmp_path).write(config, {})
+    (tmp_path / f"{config.id}.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{config.id}.json is no result of a run"):
+        Store(tmp_path).read_all()
+
+
+@pytest.mark.parametrize("method", ["none", "BMRS_N"])
+def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeypatch):
+    whole = study(tmp_path / "whole", methods=(method,), epochs=4, kl_weight=(4.0,))
+    assert main(whole)
+    config = configurations(whole)[0]
+    written = JSONLines.on_epoch_end
+
+    def interrupt(self, record):
+        if record["epoch"] == 4:
+            raise KeyboardInterrupt
+        written(self, record)
+
+    halves = study(tmp_path / "halves", methods=(method,), epochs=4, kl_weight=(4.0,))
+    with monkeypatch.context() as patched:
+        patched.setattr(JSONLines, "on_epoch_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(halves)
+    assert store(tmp_path / "halves").state(config) == "pending"
+    assert main(halves)
+    expected, found = (store(tmp_path / name).read(config) for name in ("whole", "halves"))
+    assert without_times(found) == without_times(expected)
+    assert (expected["sessions"], found["sessions"]) == ([0], [0, 3])
+
+
+def test_every_method_and_recipe_from_one_end_to_the_other(tmp_path, capsys):
+    everything = study(tmp_path, methods=METHODS, recipes=("paper", "ours"), kl_weight=())
+    assert main(everything)
+    assert main(replace(everything, table=True))
+    printed = capsys.readouterr()
+    assert "16 runs: 0 done, 16 to do" in printed.out
+    assert printed.err.count("% removed") == 16
+    for config in configurations(everything):
+        results = store(tmp_path).read(config)
+        assert RunConfig(**results["config"]) == config
+        assert results["surgery_max_abs_error"] < 1e-4 if config.method != "none" else results["compression"] == 0
+        assert len(results["history"]["accuracy_validation"]) == results["epochs"] == 3
+        assert results["accuracy_test"] > 0.5
+        assert f"| {config.recipe} | {config.method} (" in printed.out
+    assert (tmp_path / "results" / "smoke.tex").read_text().count("toprule") == 1
+
+
+def test_post_training_runs_share_their_training(tmp_path):
+    both = study(tmp_path, methods=("SNR", "L2"), pruning="post-training", epochs=3, kl_weight=(4.0,))
+    assert main(both)
+    snr, norm = (store(tmp_path).read(config) for config in configurations(both))
+    assert snr["history"] == norm["history"]
+    assert snr["seconds"] > 0
+    assert 0 < snr["stop_level"] < 1
+    assert snr["stop_level"] in snr["curve"]["level"]
+    assert norm["stop_level"] is None
+    assert snr["curve"]["compression"] == sorted(snr["curve"]["compression"])
+    assert len(snr["curve"]["accuracy_test"]) == len(snr["curve"]["level"])
+    assert snr["rank_correlation"] == norm["rank_correlation"]
+    matrix = snr["rank_correlation"]["spearman"]
+    assert [row[i] for i, row in enumerate(matrix)] == [1.0] * len(METHODS[1:])
+    folders = {path.name for path in (tmp_path / "work").iterdir()}
+    assert len(folders) == 3
+
+
+def test_caffe_and_noisy_inputs_run(tmp_path):
+    runs = study(tmp_path, networks=("lenet5_caffe", "mlp_inputs"), epochs=1, fine_tune_epochs=0)
+    assert main(runs)
+    caffe, mlp = (store(tmp_path).read(config) for config in configurations(runs))
+    assert (caffe["params_dense"], caffe["structures"]["flatten_noise"]) == (431_080, 800)
+    assert mlp["structures"]["input_noise"] == 1024
+
+
+class Killer(threading.Thread):
+    """Kills a process once every one of some runs is under way."""
+
+    def __init__(self, folder, configs, choose):
+        super().__init__(daemon=True)
+        self.files = [work_folder(config, Execution(folder / "work")) / "metrics.jsonl" for config in configs]
+        self.choose = choose
+
+    def run(self):
+        while not all(file.exists() and file.read_text().count("\n") >= 2 for file in self.files):
+            time.sleep(0.02)
+        os.kill(self.choose(), signal.SIGKILL)
+
+
+def two_runs(folder, **changes):
+    return study(folder, seeds=(0, 1), epochs=30, fine_tune_epochs=0, kl_weight=(4.0,), **changes)
+
+
+def check_nothing_is_lost(folder, runs):
+    """One of two runs was taken up again where it had been left, and came to what it does undisturbed."""
+    found = [store(folder).read(config) for config in configurations(runs)]
+    assert max(len(results["sessions"]) for results in found) > 1
+    assert max(results["sessions"][-1] for results in found) >= 1
+    interrupted = max(found, key=lambda results: len(results["sessions"]))
+    config = RunConfig(**interrupted["config"])
+    undisturbed = execute(config, Execution(folder / "undisturbed", device="cpu"))
+    expected = json.loads(json.dumps(without_times(undisturbed)))
+    assert {key: interrupted[key] for key in expected} == expected
+
+
+def test_processes_side_by_side_and_one_killed(tmp_path, capsys):
+    def some_worker():
+        return next(
+            child.pid
+            for child in psutil.Process().children(recursive=True)
+            if "popen_loky" in " ".join(child.cmdline())
+        )
+
+    runs = two_runs(tmp_path, jobs=2)
+    killer = Killer(tmp_path, configurations(runs), some_worker)
+    killer.start()
+    assert main(runs)
+    killer.join()
+    check_nothing_is_lost(tmp_path, runs)
+
+
+def test_a_cluster_with_a_worker_killed(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        runs = two_runs(tmp_path, backend="dask", scheduler=cluster.scheduler_address)
+        killer = Killer(tmp_path, configurations(runs), lambda: cluster.workers[0].pid)
+        killer.start()
+        assert main(runs)
+        killer.join()
+    check_nothing_is_lost(tmp_path, runs)
+
+
+def test_clusters_that_will_not_do_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs --scheduler ADDRESS"):
+        main(study(tmp_path, backend="dask"))
+
+    class Crowded:
+        def nthreads(self):
+            return {"tcp://a:1": 1, "tcp://b:2": 4}
+
+    with pytest.raises(ValueError, match="tcp://b:2 have several threads"):
+        scheduling.count_workers(Crowded())
+
+
+def test_the_time_left_is_estimated_from_like_runs():
+    slow, fast = (make_config("digits", network, "SNR", "ours", 0, epochs=8, fine_tune_epochs=2)
+                  for network in ("lenet5", "mlp"))  # fmt: skip
+    assert seconds_left({fast: 10}, [], 1) is None
+    finished = [(slow, 100.0), (fast, 10.0)]
+    assert seconds_left({slow: 10, fast: 5}, finished, 1) == 105
+    assert seconds_left({slow: 10, fast: 5}, finished, 2) == 100  # a run is not divided
+    assert seconds_left({replace(fast, dataset="mnist"): 10}, finished, 1) == 55
+    assert [format_seconds(s) for s in (3.2, 200, 7300)] == ["3 s", "3 min", "2 h 2 min"]
+
+
+def test_the_display_says_what_runs_and_what_is_left(tmp_path):
+    execution = Execution(tmp_path)
+    configs = [make_config("digits", "mlp", "SNR", "ours", seed, epochs=8, fine_tune_epochs=2) for seed in range(3)]
+    stream = io.StringIO()
+    folder = work_folder(configs[1], execution)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    from filelock import FileLock
+
+    with Progress(configs, [], execution, 1, stream) as progress, FileLock(folder / "lock"):
+        assert [is_running(config, execution) for config in configs] == [False, True, False]
+        progress.tell(configs[0], {**results_of(configs[0]), "seconds": 10.0}, "")
+        progress.tell(configs[2], None, "ValueError: no\nmore")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "[1/3] digits mlp SNR ours kl 2 seed 0: 50.0 % removed, accuracy 90.00 %, 10 s"
+    assert lines[1] == ("1 of 3 done, 2 left, about 18 s; running: digits mlp SNR ours kl 2 seed 1 (epoch 2/10)")
+    assert lines[2] == "[2/3] digits mlp SNR ours kl 2 seed 2: FAILED, ValueError: no"
+    assert lines[3].startswith("1 of 3 done, 1 failed, 1 left")
+    assert not is_running(configs[1], execution)
+
+
+def test_commands_name_no_folders():
+    arguments = [
+        "--grid",
+        "table1",
+        "--data-dir",
+        "/d",
+        "--work=/w",
+        "--methods",
+        "E[theta]",
+        "--scheduler",
+        "tcp://h:1",
+    ]
+    assert _command(arguments) == "python -m analysis.study --grid table1 --methods 'E[theta]'"

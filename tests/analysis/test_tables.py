@@ -1,0 +1,75 @@
+from dataclasses import asdict
+
+from analysis.recipes import make_config
+from analysis.tables import latex, markdown, tabulate, write_tables
+
+
+def result(
+    method, seed, compression, accuracy, dataset="mnist", network="lenet5", recipe="paper", device="cpu: x", **settings
+):
+    return {
+        "config": asdict(make_config(dataset, network, method, recipe, seed, **settings)),
+        "compression": compression,
+        "accuracy_test": accuracy,
+        "device": device,
+        "versions": {"torch": "2.13.0"},
+        "date": f"2026-01-0{seed + 1}T00:00:00+00:00",
+        "command": "python -m analysis.study",
+    }
+
+
+def test_means_and_deviations_stand_beside_the_papers():
+    results = [result("BMRS_N", seed, 0.85 + 0.01 * seed, 0.95) for seed in range(3)]
+    results.append(result("none", 0, 0.0, 0.99, device="cuda: y"))
+    (table,) = tabulate(results)
+    assert table.title == "LeNet-5"
+    assert table.head == ["recipe", "method", "MNIST", "MNIST, paper"]
+    assert table.rows == [
+        ["paper", "none", "0.00 / 99.00 (1)†", "0.00 / 99.07 ± 0.09"],
+        ["paper", "BMRS_N", "86.00 ± 1.00 / 95.00 ± 0.00 (3)", "86.90 ± 1.15 / 95.59 ± 0.94"],
+    ]
+
+
+def test_devices_mixed_in_a_cell_are_marked():
+    results = [result("SNR", seed, 0.5, 0.9, device=device) for seed, device in enumerate(("cpu: x", "cuda: y"))]
+    assert tabulate(results)[0].rows[0][2].endswith("(2)‡")
+
+
+def test_other_settings_than_the_recipes_are_rows_of_their_own():
+    results = [result("BMRS_N", 0, 0.9, 0.98, recipe="ours", kl_weight=weight) for weight in (100, 30)]
+    results.append(result("BMRS_N", 0, 0.8, 0.7, recipe="ours", dataset="cifar10"))
+    (table,) = tabulate(results)
+    assert table.head[2:] == ["MNIST", "MNIST, paper", "CIFAR-10", "CIFAR-10, paper"]
+    assert [row[1:3] for row in table.rows] == [
+        ["BMRS_N", "90.00 / 98.00 (1)"],
+        ["BMRS_N (kl_weight 100)", "90.00 / 98.00 (1)"],
+    ]
+    assert [row[4] for row in table.rows] == ["80.00 / 70.00 (1)", ""]
+
+
+def test_networks_and_ways_of_pruning_have_tables_of_their_own():
+    curve = {"level": [0.1, 0.24, 0.5], "compression": [0.2, 0.4, 0.6], "accuracy_test": [0.9, 0.8, 0.7]}
+    after = {**result("SNR", 0, 0.6, 0.7, pruning="post-training"), "curve": curve, "stop_level": 0.24}
+    never = {**result("L2", 0, 0.6, 0.7, pruning="post-training"), "curve": curve, "stop_level": None}
+    tables = tabulate([after, never, result("SNR", 0, 0.5, 0.9, network="mlp_inputs")])
+    assert [table.title for table in tables] == ["MLP with noise on its inputs too", "LeNet-5, pruned after training"]
+    assert tables[1].head == ["recipe", "method", "MNIST"]
+    assert [row[1:] for row in tables[1].rows] == [["L2", ""], ["SNR", "40.00 / 80.00 (1)"]]
+
+
+def test_markdown_and_latex(tmp_path):
+    results = [result("E[theta]", seed, 0.5, 0.9) for seed in range(2)]
+    tables = tabulate(results)
+    assert "| paper | E[theta] | 50.00 ± 0.00 / 90.00 ± 0.00 (2) | 88.29 ± 1.00 / 51.30 ± 41.12 |" in markdown(tables)
+    assert r"paper & $\mathrm{E}[\theta]$ & 50.00 $\pm$ 0.00 / 90.00" in latex(tables)
+    text = write_tables(results, tmp_path / "results", "table1")
+    assert (tmp_path / "results" / "table1.md").read_text() == text
+    for words in ("2 runs, 2026-01-01 to 2026-01-02", "Machines: cpu: x", "torch 2.13.0", "`python -m analysis.study`"):
+        assert words in text
+    source = (tmp_path / "results" / "table1.tex").read_text()
+    assert source.count("{") == source.count("}")
+    assert source.isascii()
+
+
+def test_no_results_are_said_to_be_none(tmp_path):
+    assert "No results yet." in write_tables([], tmp_path, "table1")
