@@ -102,7 +102,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
 
 class _ObservedLogProb(Messenger):
-    """Sum the log probabilities of other observed sites that there may be, and refuse latent ones that the guide does not know."""
+    """Sum the log probabilities of what else is observed, and refuse latent sites that the guide does not know."""
 
     def __enter__(self) -> "_ObservedLogProb":
         self.total: Any = 0.0

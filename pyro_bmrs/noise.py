@@ -194,7 +194,7 @@ class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)
 
 @contextmanager
 def supply_noise(layers: Mapping[str, MultiplicativeNoise], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have ``layers``, by site, use ``values`` without making sample sites: what ``fix_noise`` does, but unseen by Pyro.
+    """Have ``layers``, by site, use ``values`` and make no sample sites: what ``fix_noise`` does, unseen by Pyro.
 
     For an objective that knows all values beforehand, every step, and asks nothing of the sites.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["kl_of_truncated", "kl_from_uniform"]
+__all__ = ["kl_from_uniform", "kl_of_truncated"]
 
 _NODES = 44  # exact to rounding for a whole bell; fewer lose digits quickly
 _HIGHEST_ENERGY = 40.0  # what lies beyond adds less than rounding to any of the averages
@@ -78,12 +78,11 @@ def _kl_and_gradients(distance: Tensor, width: Tensor) -> tuple[Tensor, Tensor, 
     integral, energy, mean, product = _averages(start, 0.5 * (end - start), outside)
     kl = torch.log(width / integral) - energy
     # What a bound, moved outwards, adds to minus the KL: its density there, and how much more energy than average.
-    energy_far = (far * (outside + 0.5 * far)).clamp(max=_NIL_FROM)
-    energy_near = (0.5 * inside * inside).clamp(max=_NIL_FROM)
-    gain_far = torch.exp(-energy_far) / integral * (1 + energy_far - energy)
-    gain_near = torch.exp(-energy_near) / integral * (1 + energy_near - energy)
-    by_distance = torch.where(distance < 0, gain_near - gain_far, product - energy * mean)
-    return kl.clamp(min=0), by_distance, 1 / width - gain_far
+    ends = torch.stack([inside, far])
+    at_ends = torch.add(outside, ends, alpha=0.5).mul_(ends).clamp_max_(_NIL_FROM)
+    gain_near, gain_far = (torch.exp(-at_ends) / integral * (1 + at_ends - energy)).unbind()
+    by_distance = torch.where(distance < 0, gain_near - gain_far, torch.addcmul(product, energy, mean, value=-1))
+    return kl.clamp(min=0), by_distance, width.reciprocal() - gain_far
 
 
 def _averages(start: Tensor, half: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,21 +91,24 @@ def _averages(start: Tensor, half: Tensor, outside: Tensor) -> tuple[Tensor, Ten
     At ``start + half * node`` the energy is a quadratic in the node: one matrix product makes it for all nodes, and
     another takes the first moments of the nodes, of which all averages are made.
     """
-    powers, weighted_powers = _gauss_legendre(start.device)
-    constant, linear, square = start * (outside + 0.5 * start), half * (outside + start), 0.5 * half * half
-    mass = (torch.stack([constant, linear, square], -1) @ powers).neg_().exp_()
-    total, *moments = (mass @ weighted_powers).unbind(-1)
-    first, second, third = (moment / total for moment in moments)
-    energy = constant + linear * first + square * second
-    return half * total, energy, half * first, half * (linear * second + square * third)
+    minus_powers, weighted_powers = _gauss_legendre(start.device)
+    constant, linear = torch.add(outside, start, alpha=0.5).mul_(start), torch.add(outside, start).mul_(half)
+    square = 0.5 * half * half
+    mass = (torch.stack([constant, linear, square], -1) @ minus_powers).exp_()
+    moments = mass @ weighted_powers
+    total = moments[..., 0]
+    first, second, third = (moments[..., 1:] / moments[..., :1]).unbind(-1)
+    energy = torch.addcmul(constant, linear, first).addcmul(square, second)
+    return half * total, energy, half * first, torch.addcmul(linear * second, square, third).mul_(half)
 
 
 @cache
 def _gauss_legendre(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return powers of the nodes on [0, 2], of shape (3, nodes), and powers times weights, of shape (nodes, 4).
+    """Return the energy's powers of nodes on [0, 2], of shape (3, nodes), and powers times weights, (nodes, 4).
 
     In float64; kept, because copies to a device would stall it.
     """
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     powers = (1 + nodes) ** np.arange(4)[:, None]
-    return torch.as_tensor(powers[:3], device=device), torch.as_tensor((weights * powers).T.copy(), device=device)
+    minus_powers = -powers[:3]
+    return torch.as_tensor(minus_powers, device=device), torch.as_tensor((weights * powers).T.copy(), device=device)

@@ -92,7 +92,9 @@ class _Draw(torch.autograd.Function):
 
 def _interior(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
     """Displacement from the mode by the inverse of the error function."""
-    near, far = (torch.erf(end / math.sqrt(2)).clamp(-_LARGEST_ERF, _LARGEST_ERF) for end in (distance, distance + width))
+    near, far = (
+        torch.erf(end / math.sqrt(2)).clamp(-_LARGEST_ERF, _LARGEST_ERF) for end in (distance, distance + width)
+    )
     centred = torch.lerp(near, far, uniform).erfinv_().mul_(math.sqrt(2))
     return centred.sub_(distance.clamp(min=0))
 

@@ -169,9 +169,7 @@ def test_compiled_fits_prune_and_end_as_others_do(monkeypatch):
 def test_what_is_not_compiled_says_so():
     x, y = blobs()
     model, guide = small_classifier()
-    with pytest.warns(
-        RuntimeWarning, match="going on uncompiled: a compiled step runs in one process"
-    ):
+    with pytest.warns(RuntimeWarning, match="going on uncompiled: a compiled step runs in one process"):
         bmrs.fit(model, guide, (x, y), precision="bf16-mixed", compile=True, **QUICK)
     with pytest.raises(ValueError, match="compile and shrink exclude each other"):
         bmrs.fit(model, guide, (x, y), pruning=bmrs.Continuous(shrink=True), compile=True, **QUICK)
