@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.noise import MultiplicativeNoise, fix_noise
+from pyro_bmrs.noise import MultiplicativeNoise, fix_noise, supply_noise
 
 __all__ = ["Granularity", "MeanFieldELBO"]
 
@@ -85,9 +85,9 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def _particle(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> Tensor:
         draws = self._draw(model, guide, *args, **kwargs)
-        with _ObservedLogProb() as observed, fix_noise(draws):
-            model.program(*args, **kwargs)
-        return observed.total
+        with _ObservedLogProb() as observed, supply_noise(model.noise, draws):
+            log_likelihood = model.log_likelihood(*args, **kwargs)
+        return log_likelihood + observed.total
 
     def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.granularity == "batch":
@@ -102,7 +102,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
 
 class _ObservedLogProb(Messenger):
-    """Sum the log probabilities of the observed sites, and refuse latent ones that the guide does not know."""
+    """Sum the log probabilities of what else is observed, and refuse latent sites that the guide does not know."""
 
     def __enter__(self) -> "_ObservedLogProb":
         self.total: Any = 0.0

@@ -8,10 +8,13 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from pyro_bmrs.noise import MultiplicativeNoise, noise_layers
 
 __all__ = ["Likelihood", "NoisyNetwork", "categorical"]
+
+_NO_LABEL = -(2**62)  # cross_entropy leaves out one label: by default -100, which is a mistake like any other here
 
 Likelihood = Callable[[Tensor], TorchDistribution]
 
@@ -112,21 +115,37 @@ class NoisyNetwork(PyroModule):
         Returns:
             The network's output, of shape ``(batch, ...)``.
         """
-        return self.program(x, y)
-
-    def program(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Run the program without declaring the network's parameters to Pyro, which torch's optimisers need not."""
         with poutine.scale(scale=self.kl_weight):
             output = self.net(x)
-        batch = len(output)
-        observed = self.likelihood(output)
+        observed = self._observed(output)
+        with pyro.plate("data", len(output)), poutine.scale(scale=self._multiplicity(output)):
+            pyro.sample("obs", observed, obs=y)
+        return output
+
+    def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Return :math:`\frac{N}{B} \sum_i \log p(y_i \mid x_i, \theta)`, of shape ``()``, without a site for it.
+
+        What the program scores at its observations; the noise layers make their sites, or are supplied with noise.
+        """
+        output = self.net(x)
+        if self.likelihood is categorical and output.dim() == 2:
+            # One operation in the place of several, each way.
+            total = -cross_entropy(output, y.long(), reduction="sum", ignore_index=_NO_LABEL)
+        else:
+            total = self._observed(output).log_prob(y).sum()
+        return self._multiplicity(output) * total
+
+    def _observed(self, output: Tensor) -> TorchDistribution:
+        """Return the distribution of the observations."""
+        observed, batch = self.likelihood(output), len(output)
         if observed.batch_shape != (batch,):
             raise ValueError(
                 f"the likelihood must be one distribution an example, of batch_shape ({batch},), but it is a "
                 f"{type(observed).__name__} of batch_shape {tuple(observed.batch_shape)}; squeeze the output, or move "
                 "the other dimensions into the event with .to_event(k)"
             )
-        num_data = batch if self.num_data is None else self.num_data
-        with pyro.plate("data", batch), poutine.scale(scale=num_data / batch):
-            pyro.sample("obs", observed, obs=y)
-        return output
+        return observed
+
+    def _multiplicity(self, output: Tensor) -> float:
+        """Return how many examples of the data set one of the batch stands for."""
+        return 1.0 if self.num_data is None else self.num_data / len(output)

@@ -1,6 +1,7 @@
 """Noise on a structure is a Pyro sample site: the module that makes it, and the handler that gives it values."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.numerics import may_ask
 
-__all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers"]
+__all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers", "supply_noise"]
 
 
 class MultiplicativeNoise(nn.Module):
@@ -69,6 +70,7 @@ class MultiplicativeNoise(nn.Module):
         for name in self._prior_names:
             self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
         self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
+        self._supplied: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
 
     @property
     def prior(self) -> TorchDistribution:
@@ -103,7 +105,9 @@ class MultiplicativeNoise(nn.Module):
         distribution, masks = self._declaration()
         if self.site is None:
             return x * self._aligned(self.keep.to(x), x) if masks else x
-        theta = self._sample(self.site, distribution)
+        theta = self._supplied.get(self.site)
+        if theta is None:
+            theta = self._sample(self.site, distribution)
         if masks:
             theta = theta * self.keep
         return x * self._aligned(theta.to(x.dtype), x)
@@ -142,7 +146,7 @@ class MultiplicativeNoise(nn.Module):
         return spread.movedim(-1, self.dim)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_declared": None}  # a copy counts the versions of its tensors anew
+        return {**self.__dict__, "_declared": None, "_supplied": {}}  # a copy counts the versions of its tensors anew
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
         self._declared = None  # its tensors are about to move
@@ -186,3 +190,18 @@ class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)
         if value is not None and not msg["is_observed"]:
             msg["value"] = value
             msg["done"] = True
+
+
+@contextmanager
+def supply_noise(layers: Mapping[str, MultiplicativeNoise], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have ``layers``, by site, use ``values`` and make no sample sites: what ``fix_noise`` does, unseen by Pyro.
+
+    For an objective that knows all values beforehand, every step, and asks nothing of the sites.
+    """
+    for site, layer in layers.items():
+        layer._supplied[site] = values[site]
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer._supplied.clear()

@@ -14,11 +14,9 @@ __all__ = ["kl_divergence"]
 @register_kl(TruncatedLogNormal, LogUniform)
 def _kl_truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: LogUniform) -> Tensor:
     """Return the KL in nats, of shape ``batch_shape``; infinite where q reaches outside p's support."""
-    p_low, p_high = p.log_low.double(), p.log_high.double()
-    q_low, q_high = q.log_low.double(), q.log_high.double()
-    wider = torch.log((p_high - p_low) / (q_high - q_low))
-    kl = numerics.kl_from_uniform(*q.interval_coordinates()) + wider
-    return torch.where((p_low <= q_low) & (q_high <= p_high), kl, torch.inf).to(q.loc)
+    wider = torch.log((p.log_high.double() - p.log_low) / (q.log_high.double() - q.log_low))
+    kl = numerics.kl_of_truncated(q.loc, q.scale, q.log_low, q.log_high) + wider
+    return torch.where((p.log_low <= q.log_low) & (q.log_high <= p.log_high), kl, torch.inf).to(q.loc)
 
 
 @register_kl(TruncatedLogNormal, TruncatedLogNormal)

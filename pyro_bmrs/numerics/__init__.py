@@ -27,7 +27,7 @@ convert at the edge); all work elementwise on broadcastable tensors. First and s
 cumulant's gradient is the next cumulant.
 """
 
-from pyro_bmrs.numerics.divergence import kl_from_uniform
+from pyro_bmrs.numerics.divergence import kl_from_uniform, kl_of_truncated
 from pyro_bmrs.numerics.draw import draw
 from pyro_bmrs.numerics.interval import (
     excess,
@@ -47,6 +47,7 @@ __all__ = [
     "excess",
     "interval_coordinates",
     "kl_from_uniform",
+    "kl_of_truncated",
     "log_integral",
     "log_quadratic_integral",
     "may_ask",

@@ -30,7 +30,7 @@ def draw(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor)
     All are float32; ``uniform`` is of any shape that the others (of equal shape) broadcast to. Differentiable in the
     parameters. Quantiles are taken from the bound nearest to ``loc``: at which end is no matter to a distribution.
     """
-    theta, _ = _Draw.apply(uniform, loc, scale, low, high)
+    theta, *_ = _Draw.apply(uniform, loc, scale, low, high)
     return theta
 
 
@@ -38,49 +38,52 @@ class _Draw(Elementwise):
     """Works in place where it can: a step spends more on fresh memory than on arithmetic."""
 
     @staticmethod
-    def forward(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        distance, width = interval_coordinates(loc.double(), scale.double(), low.double(), high.double())
+    def forward(
+        uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        distance, width = interval_coordinates(loc, scale, low, high)
         step = _interior(uniform, distance, width)
         for regime, of_regime in ((distance > _TAIL_FROM, _tail), (width < _FLAT_BELOW, _flat)):
             if may_occur(regime):
                 step = torch.lerp(step, of_regime(uniform, distance, width), regime.to(step))
-        from_high = loc - high > low - loc
-        x = torch.where(from_high, -scale, scale) * step
-        return torch.clamp(x.add_(torch.clamp(loc, low, high)), low, high).exp_(), step
+        towards = torch.where(loc - high > low - loc, -1.0, 1.0)
+        x = torch.addcmul(torch.clamp(loc, low, high), step, towards * scale)
+        theta = torch.clamp(x, low, high).exp_()
+        return theta, step, distance, width, towards
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        uniform, loc, scale, low, high, theta, step = ctx.saved_tensors
-        distance, width = interval_coordinates(loc.double(), scale.double(), low.double(), high.double())
+        uniform, theta, step, distance, width, towards = ctx.saved_tensors
         inside, outside = distance.clamp(max=0), distance.clamp(min=0)
         grad = grad * theta
-        energy = torch.add(outside.to(step), step, alpha=0.5).mul_(step)
-        energy_near = (0.5 * inside * inside).clamp(max=_NIL_FROM)
-        energy_far = 0.5 * (distance + width - outside) * (distance + width + outside)
-        far, held_far = torch.zeros_like(distance), None
-        if may_occur(energy_far < _NIL_FROM):
-            held_far = (energy - energy_far.clamp(max=_NIL_FROM).to(step)).exp_().mul_(uniform).clamp(max=1)
-            far = (grad * held_far).sum_to_size(loc.shape).double()
-        # How a bound holds a draw back: its density over that at the draw, times the mass beyond the draw.
-        held = energy.sub_(energy_near.to(step)).exp_()
-        held = held.mul_(1 - uniform).clamp(max=1)
-        freedom = 1 - held if held_far is None else 1 - held.add_(held_far)
+        total = grad.sum_to_size(distance.shape)
+        near = far = torch.zeros_like(distance)
+        energy_near = 0.5 * inside * inside
+        if may_occur(energy_near < _NIL_FROM):
+            # How a bound holds a draw back: its density over that at the draw, times the mass beyond the draw.
+            energy = torch.add(outside, step, alpha=0.5).mul_(step)
+            at_near = energy.sub_(energy_near.clamp(max=_NIL_FROM)).exp_()
+            drop = width * (distance + 0.5 * width)  # from the near bound to the far one
+            if may_occur(energy_near + drop < _NIL_FROM):
+                held = (at_near * torch.exp(-drop)).mul_(uniform).clamp_max_(1)
+                far = held.mul_(grad).sum_to_size(distance.shape)
+            held = torch.addcmul(at_near, at_near, uniform, value=-1).clamp_max_(1)
+            near = held.mul_(grad).sum_to_size(distance.shape)
         # What the parameters share is taken out of the sums over draws.
-        free, total, steps = (part.sum_to_size(loc.shape).double() for part in (freedom.mul_(grad), grad, step * grad))
-        pulled = total - free
-        from_high = loc - high > low - loc
-        grad_scale = (steps + outside * free - inside * pulled - width * far).to(loc)
-        near, far = (pulled - far).to(loc), far.to(loc)
+        steps = grad.mul_(step).sum_to_size(distance.shape)
+        free = total - near - far
+        grad_scale = steps + outside * free - inside * (near + far) - width * far
+        from_high = towards < 0
         return (
             None,
-            free.to(loc),
-            torch.where(from_high, -grad_scale, grad_scale),
+            free,
+            towards * grad_scale,
             torch.where(from_high, far, near),
             torch.where(from_high, near, far),
         )
@@ -88,10 +91,11 @@ class _Draw(Elementwise):
 
 def _interior(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
     """Displacement from the mode by the inverse of the error function."""
-    ends = torch.erf(torch.stack([distance, distance + width]) / math.sqrt(2))
-    near, far = ends.clamp(-_LARGEST_ERF, _LARGEST_ERF).to(uniform)
+    near, far = (
+        torch.erf(end / math.sqrt(2)).clamp(-_LARGEST_ERF, _LARGEST_ERF) for end in (distance, distance + width)
+    )
     centred = torch.lerp(near, far, uniform).erfinv_().mul_(math.sqrt(2))
-    return centred.sub_(distance.clamp(min=0).to(uniform))
+    return centred.sub_(distance.clamp(min=0))
 
 
 def _tail(uniform: Tensor, distance: Tensor, width: Tensor) -> Tensor:
