@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.noise import fix_noise, supply_noise
 
 
 def loss_and_gradients(elbo, model, guide, x, y, seed=1):
@@ -172,3 +173,36 @@ def test_a_latent_site_that_the_guide_does_not_know_is_refused():
 def test_unknown_granularity_is_refused():
     with pytest.raises(ValueError, match="got 'pixel'"):
         bmrs.MeanFieldELBO("pixel")
+
+
+@pytest.mark.parametrize("likelihood", [None, lambda logits: dist.Categorical(logits=logits)], ids=["own", "given"])
+def test_score_of_the_observations_is_that_of_their_site(likelihood):
+    model, _, x = build("mlp", dtype=torch.float64)
+    model = bmrs.NoisyNetwork(model.net, likelihood, num_data=100)
+    y = torch.arange(len(x)) % 4
+    theta = {site: torch.rand(size, dtype=torch.float64) for site, size in model.sizes.items()}
+    with poutine.trace() as traced, fix_noise(theta):
+        model(x, y)
+    site = traced.trace.nodes["obs"]
+    with supply_noise(model.noise, theta):
+        found = model.log_likelihood(x, y)
+    torch.testing.assert_close(found, (site["scale"] * site["fn"].log_prob(y)).sum())
+
+
+def test_supplied_noise_makes_no_site_and_is_gone_afterwards():
+    model, _, x = build("mlp")
+    zeros = {site: torch.zeros(size) for site, size in model.sizes.items()}
+    with poutine.trace() as supplied, supply_noise(model.noise, zeros):
+        found = model.net(x)
+    assert not supplied.trace.nodes
+    torch.testing.assert_close(found, model.net.output(torch.zeros(len(x), 12)))
+    with poutine.trace() as traced:
+        model.net(x)
+    assert set(model.sizes) <= set(traced.trace.nodes)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 4])
+def test_a_label_that_is_no_class_is_refused(label):
+    model, guide, x = build("mlp")
+    with pyro.validation_enabled(False), pytest.raises(IndexError, match="out of bounds"):
+        bmrs.MeanFieldELBO().loss(model, guide, x, torch.full((len(x),), label))
