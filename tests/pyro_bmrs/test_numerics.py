@@ -172,6 +172,18 @@ def test_draws_are_quantiles(loc, scale):
         assert_close(found, reference, 1e-3, floor=1e-2)
 
 
+def test_one_draw_of_each_has_the_gradients_of_a_batch_of_one():
+    """Sums over draws may be the very tensors that are summed: nothing of them may change."""
+    values = [torch.linspace(-22, 3, 50), torch.logspace(-3, 2, 50), torch.full((50,), -20.0), torch.zeros(50)]
+    uniform, weights = torch.rand(50), torch.rand(50)
+    gradients = []
+    for shape in ((50,), (1, 50)):
+        parameters = [value.clone().requires_grad_() for value in values]
+        theta = numerics.draw(uniform.view(shape), *parameters)
+        gradients.append(torch.autograd.grad((weights * theta).sum(), parameters))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("loc", [-1e4, -30.0, -20.0, -10.0, 0.0, 0.02, 5.0, 1e4])
 @pytest.mark.parametrize("scale", [2e-9, 1e-3, 1.0, 150.0, 1e9])
 @pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24])

@@ -12,7 +12,8 @@ from pyro_bmrs.noise import fix_noise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 OPTIMIZERS = {
-    "fused_adam": lambda groups: torch.optim.Adam(groups, lr=1e-2, fused=True),
+    # A larger eps, or Adam makes whole steps of the rounding of gradients that are nil.
+    "fused_adam": lambda groups: torch.optim.Adam(groups, lr=1e-2, eps=1e-6, fused=True),
     "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
     "momentum": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2),
