@@ -78,7 +78,7 @@ class _Draw(Elementwise):
         # What the parameters share is taken out of the sums over draws.
         steps = (grad * step).sum_to_size(
             distance.shape
-        )  # not in place: where each structure has one draw, total is grad
+        )  # not in place: total may be grad
         free = total - near - far
         grad_scale = steps + outside * free - inside * (near + far) - width * far
         from_high = towards < 0
