@@ -18,9 +18,10 @@ from pyro_bmrs.modes import evaluating
 from pyro_bmrs.noise import noise_layers
 from pyro_bmrs.structures import replace_module
 
-__all__ = ["Importance", "narrowed", "train_from_scratch", "train_peer", "without_noise"]
+__all__ = ["Importance", "Ranking", "narrowed", "train_from_scratch", "train_peer", "without_noise"]
 
 Importance = Literal["magnitude", "taylor", "group_norm"]
+Ranking = Literal["layer", "network"]
 _TAYLOR_EXAMPLES = 1024  # whose mean loss is differentiated before each pruning
 
 
@@ -33,13 +34,14 @@ def train_peer(
     batch_size: int,
     lr: float,
     seed: int,
+    ranking: Ranking = "layer",
 ) -> nn.Module:
     """Train a network without noise, prune it by torch-pruning's iterative pruner on the way, and return it.
 
     Half of the epochs are dense. In the next quarter each begins with a pruning of the same fraction of the parameters
-    that are left, down to the budget; the rest are fine-tuning. All structures are ranked together, one goes at a time
-    and the others are judged anew; the output layer keeps its units. Adam, its learning rate falling along a cosine
-    over all epochs as that of ``pyro_bmrs.fit`` does, starts afresh after each pruning.
+    that are left, down to the budget; the rest are fine-tuning. Structures go one at a time, and the others are judged
+    anew; the output layer keeps its units. Adam, its learning rate falling along a cosine over all epochs as that of
+    ``pyro_bmrs.fit`` does, starts afresh after each pruning.
 
     Args:
         net: The network, left as it is; its noise layers are dropped.
@@ -48,22 +50,25 @@ def train_peer(
             ``"taylor"``: the least first-order change of the loss, over all layers that the structure touches.
             ``"group_norm"``: the smallest L2 norm over all these layers, trained towards group sparsity until the last
             pruning (``GroupNormPruner``, its default strength).
-        budget: Fraction of the parameters to remove, at least; at most one structure more is removed.
+        budget: Fraction of the parameters to remove, at least, and no more than the last structures to go make it.
         epochs: Of all training.
         batch_size: At most this many examples a step.
         lr: Initial learning rate.
         seed: Of the data order.
+        ranking: ``"layer"``, the pruner's default: the same fraction of every layer goes. ``"network"``: all structures
+            are ranked together, which may wear some layers down to a single one.
 
     Raises:
-        ValueError: If the importance is none of these, ``budget`` does not lie in [0, 1), there are fewer than two
+        ValueError: If importance or ranking is none of these, ``budget`` does not lie in [0, 1), there are fewer than two
             epochs, or the network cannot lose so many parameters with a structure left in every layer.
 
     References:
         DepGraph: Towards Any Structural Pruning (Fang et al., 2023)
         Importance Estimation for Neural Network Pruning (Molchanov et al., 2019)
     """
-    if importance not in get_args(Importance):
-        raise ValueError(f"importance must be one of {get_args(Importance)}, but got {importance!r}")
+    for name, value, allowed in (("importance", importance, Importance), ("ranking", ranking, Ranking)):
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {get_args(allowed)}, but got {value!r}")
     if not 0 <= budget < 1:
         raise ValueError(f"budget must be a fraction of the parameters in [0, 1), but got {budget}")
     if epochs < 2:
@@ -71,7 +76,7 @@ def train_peer(
     net = without_noise(net)
     x, y = data
     kept, parameters = _fractions_kept(budget, epochs), bmrs.count_parameters(net)
-    pruner = _make_pruner(net, importance, to_input(x[:2]))
+    pruner = _make_pruner(net, importance, ranking, to_input(x[:2]))
     order = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(x) / batch_size)
     optimizer = torch.optim.Adam(net.parameters(), lr)
@@ -109,8 +114,8 @@ def _fractions_kept(budget: float, epochs: int) -> list[float]:
     return [(1 - budget) ** min(max(epoch - dense + 1, 0) / prunings, 1) for epoch in range(epochs)]
 
 
-def _make_pruner(net: nn.Module, importance: Importance, example_input: Tensor) -> Any:
-    """Return a pruner whose every step removes one structure of ``net``."""
+def _make_pruner(net: nn.Module, importance: Importance, ranking: Ranking, example_input: Tensor) -> Any:
+    """Return a pruner whose every step removes at most one structure of a layer, or of the network."""
     layers = [module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     scores: dict[Importance, Callable[[], Any]] = {
         "magnitude": lambda: torch_pruning.importance.MagnitudeImportance(p=2, group_reduction="first"),
@@ -124,7 +129,7 @@ def _make_pruner(net: nn.Module, importance: Importance, example_input: Tensor) 
             net,
             example_input,
             scores[importance](),
-            global_pruning=True,
+            global_pruning=ranking == "network",
             pruning_ratio=1.0,
             iterative_steps=sum(layer.weight.shape[0] for layer in layers[:-1]),
             # Half a structure off whole numbers, which the pruner would round down by two for want of one digit.

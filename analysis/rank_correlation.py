@@ -14,13 +14,13 @@ __all__ = ["CRITERIA", "rank_correlation", "spearman"]
 
 # The paper's, in the order of its tables; of thresholds and prior odds the order of structures knows nothing.
 CRITERIA: dict[str, bmrs.Criterion] = {
-    "l2": bmrs.WeightNorm(),
+    "L2": bmrs.WeightNorm(),
     "gradient": bmrs.GradientWeightNorm(),
-    "mean": bmrs.PosteriorMean(0.1),
-    "snr": bmrs.SNR(1.0),
-    "bmrs_n": bmrs.BMRS_N(),
-    "bmrs_u8": bmrs.BMRS_U(8, 23),
-    "bmrs_u4": bmrs.BMRS_U(4, 23),
+    "E[theta]": bmrs.PosteriorMean(0.1),
+    "SNR": bmrs.SNR(1.0),
+    "BMRS_N": bmrs.BMRS_N(),
+    "BMRS_U-8": bmrs.BMRS_U(8, 23),
+    "BMRS_U-4": bmrs.BMRS_U(4, 23),
 }
 
 
@@ -41,9 +41,9 @@ def rank_correlation(
         criteria: By name; at least two.
 
     Returns:
-        ``criteria``: their names. ``structures``: how many are ranked, of all layers together. ``ranks``: for each
+        ``methods``: their names. ``structures``: how many are ranked, of all layers together. ``ranks``: for each
         criterion and layer the ranks of the structures from 1, the first to remove; equals share their mean rank.
-        ``spearman``: the matrix of correlations, in the order of ``criteria``.
+        ``spearman``: the matrix of correlations, in that order.
 
     Raises:
         FloatingPointError: If a score is NaN.
@@ -65,7 +65,7 @@ def rank_correlation(
             ranks.append(_ranks(-flat))
     layers = [site.removesuffix(".theta") for site in masks]
     return {
-        "criteria": list(criteria),
+        "methods": list(criteria),
         "structures": sum(sizes),
         "ranks": {
             name: dict(zip(layers, (part.tolist() for part in each.split(sizes)), strict=True))

@@ -40,7 +40,7 @@ def test_a_peer_meets_its_budget_and_keeps_its_outputs(make, importance):
     torch.manual_seed(0)
     net, (x, y) = make(), digits().train
     before = copy.deepcopy(net.state_dict())
-    peer = train_peer(net, (x[:256], y[:256]), importance, 0.8, epochs=4, **SETTINGS)
+    peer = train_peer(net, (x[:256], y[:256]), importance, 0.8, epochs=4, **SETTINGS, ranking=ranking)
     removed = 1 - bmrs.count_parameters(peer) / bmrs.count_parameters(net)
     assert 0.8 <= removed < 0.9
     assert peer(x[:3]).shape == (3, 10)
@@ -95,7 +95,7 @@ def test_no_budget_is_plain_training():
 def test_a_narrow_layer_down_to_one_structure_stays_finite():
     torch.manual_seed(0)
     net, (x, y) = mlp(64, hidden=3, layers=2), digits(8).train
-    peer = train_peer(net, (x[:128], y[:128]), "group_norm", 0.6, epochs=8, **SETTINGS)
+    peer = train_peer(net, (x[:128], y[:128]), "group_norm", 0.6, epochs=8, **SETTINGS, ranking="network")
     assert 1 in (peer.fc1.out_features, peer.fc2.out_features)
     assert all(parameter.isfinite().all() for parameter in peer.parameters())
 
@@ -104,6 +104,7 @@ def test_a_narrow_layer_down_to_one_structure_stays_finite():
     ("changed", "message"),
     [
         ({"importance": "loss"}, "importance must be one of"),
+        ({"ranking": "model"}, "ranking must be one of"),
         ({"budget": 1.0}, r"budget must be a fraction .* got 1.0"),
         ({"epochs": 1}, "epochs must be at least 2"),
         ({"budget": 0.999}, "cannot have fewer than .* choose a smaller budget"),

@@ -30,7 +30,7 @@ def test_criteria_are_ranked_over_all_layers(name):
     y = torch.zeros(len(x), dtype=torch.long)
     found = json.loads(json.dumps(rank_correlation(model, guide, x, y)))
     total = sum(model.sizes.values())
-    assert found["criteria"] == list(CRITERIA)
+    assert found["methods"] == list(CRITERIA)
     assert found["structures"] == total
     for ranks in found["ranks"].values():
         assert {layer: len(each) for layer, each in ranks.items()} == {
