@@ -59,8 +59,8 @@ def train_peer(
             are ranked together, which may wear some layers down to a single one.
 
     Raises:
-        ValueError: If importance or ranking is none of these, ``budget`` does not lie in [0, 1), there are fewer than two
-            epochs, or the network cannot lose so many parameters with a structure left in every layer.
+        ValueError: If importance or ranking is none of these, ``budget`` does not lie in [0, 1), there are fewer than
+            two epochs, or the network cannot lose so many parameters with a structure left in every layer.
 
     References:
         DepGraph: Towards Any Structural Pruning (Fang et al., 2023)

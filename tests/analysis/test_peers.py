@@ -32,11 +32,10 @@ def parameters_of(net):
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
+@pytest.mark.parametrize("ranking", ["layer", "network"])
 @pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize(
-    "make", [lenet5, lambda: mlp(1024, hidden=20, layers=3), caffe], ids=["lenet5", "mlp", "caffe"]
-)
-def test_a_peer_meets_its_budget_and_keeps_its_outputs(make, importance):
+@pytest.mark.parametrize("make", [lenet5, small_mlp, caffe])
+def test_a_peer_meets_its_budget_and_keeps_its_outputs(make, importance, ranking):
     torch.manual_seed(0)
     net, (x, y) = make(), digits().train
     before = copy.deepcopy(net.state_dict())
