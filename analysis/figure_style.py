@@ -8,11 +8,12 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["DATASETS", "METHODS", "NETWORKS", "WIDTH", "Look", "figure_style", "save_figure", "title"]
+__all__ = ["METHODS", "Look", "figure_style", "is_left", "panel_grid", "panel_order", "panel_title", "save_figure"]
 
-WIDTH = 7.0  # inches, of a page's text
+_WIDTH = 7.0  # inches, of a page's text
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Look:
     marker: str
 
 
-# Okabe and Ito's palette and two greys; peers share one colour and differ by marker. In the order of legends.
+# Okabe and Ito's palette, its yellow darkened to be seen on white, and two greys; peers share one colour and differ by
+# marker. In the order of legends.
 METHODS = {
     "none": Look("none (dense)", "#000000", "*"),
     "L2": Look(r"$L_2$ norm", "#999999", "s"),
-    "gradient": Look("gradient norm", "#F0E442", "p"),
+    "gradient": Look("gradient norm", "#B8A800", "p"),
     "E[theta]": Look(r"$\mathrm{E}[\theta]$", "#E69F00", "^"),
     "SNR": Look("SNR", "#CC79A7", "v"),
     "BMRS_N": Look(r"BMRS$_\mathcal{N}$", "#0072B2", "o"),
@@ -43,18 +45,49 @@ METHODS = {
     "BC-GHS": Look("BC, horseshoe", "#555555", "s"),
     "L0": Look(r"$L_0$", "#555555", "^"),
 }
-NETWORKS = {
+_NETWORKS = {
     "mlp": "MLP",
-    "mlp_inputs": "MLP, noise on inputs too",
+    "mlp_inputs": "MLP with input noise",
     "lenet5": "LeNet-5",
     "lenet5_caffe": "LeNet-5-Caffe",
 }
-DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "digits"}
+_DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "digits"}
+_AXES = (_NETWORKS, _DATASETS)
 
 
-def title(network: str, dataset: str) -> str:
-    """Return the title of a panel."""
-    return f"{NETWORKS.get(network, network)}, {DATASETS.get(dataset, dataset)}"
+def panel_title(network: str, dataset: str) -> str:
+    """Return the title of the panel of a network on a data set."""
+    return f"{_NETWORKS.get(network, network)}, {_DATASETS.get(dataset, dataset)}"
+
+
+def panel_order(cell: tuple[str, str]) -> tuple[int, int, tuple[str, str]]:
+    """Return the key by which panels of networks on data sets are sorted: as the paper's tables have them."""
+    places = [list(names).index(name) if name in names else 99 for name, names in zip(cell, _AXES, strict=True)]
+    return places[0], places[1], cell
+
+
+def panel_grid(count: int, height: float, rows_each: int = 1) -> tuple[Figure, list[list[Axes]]]:
+    """Return a figure and the axes of each of ``count`` panels, three side by side, or four where that fills a row.
+
+    Args:
+        count: Number of panels.
+        height: Of each, in inches.
+        rows_each: Axes of each panel, one below the other.
+    """
+    columns = count if count <= 4 else 3
+    rows = -(-count // columns)
+    size = (_WIDTH * (0.55 if columns == 1 else 1), 0.5 + height * rows)
+    figure, grid = plt.subplots(rows * rows_each, columns, figsize=size, squeeze=False)
+    panels = [list(grid[row : row + rows_each, i]) for row in range(0, len(grid), rows_each) for i in range(columns)]
+    for panel in panels[count:]:
+        for ax in panel:
+            ax.remove()
+    return figure, panels[:count]
+
+
+def is_left(ax: Any) -> bool:
+    """Return whether axes stand in the first column of their figure."""
+    return ax.get_subplotspec().is_first_col()
 
 
 @contextmanager

@@ -3,27 +3,29 @@
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
-from analysis.figure_style import METHODS, WIDTH, figure_style, save_figure, title
+from analysis.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
 from analysis.tradeoff import panels, seed_groups, summarise, tradeoff
 
 __all__ = ["Figures", "draw", "load_results", "main", "post_training", "precision_sweep", "rank_heatmaps"]
 
 Results = Sequence[Mapping[str, Any]]
 _RESULTS = Path(__file__).parent / "results" / "study"
+_SWEEP = "#4D4D4D"
 _BITS = re.compile(r"BMRS_U-(\d+)")
 
 
@@ -74,24 +76,32 @@ def _is_result(content: Any) -> bool:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw every figure that there are results for into ``folder`` and return the paths."""
+    """Draw every figure that there are results for into ``folder`` and return the paths.
+
+    The trade-off has all recipes; the other figures are drawn for each recipe, which their files' names end with.
+    """
     mpl.use("Agg")
+    chosen: dict[str, tuple[Callable[[Results], Figure], Results]] = {}
     continuous = [result for result in results if result["config"].get("pruning", "continuous") == "continuous"]
-    chosen = {
-        "tradeoff": (tradeoff, [result for result in continuous if result["config"]["method"] in METHODS]),
-        "post_training": (post_training, [result for result in results if "curve" in result]),
-        "rank_correlation": (rank_heatmaps, [result for result in results if "rank_correlation" in result]),
-        "precision": (
-            precision_sweep,
-            [result for result in continuous if _BITS.fullmatch(result["config"]["method"])],
-        ),
-    }
+    chosen["tradeoff"] = tradeoff, [result for result in continuous if result["config"]["method"] in METHODS]
+    for recipe in sorted({result["config"].get("recipe", "") for result in results}):
+        own = [result for result in results if result["config"].get("recipe", "") == recipe]
+        chosen[f"post_training_{recipe}"] = post_training, [result for result in own if "curve" in result]
+        correlated = [result for result in own if "rank_correlation" in result]
+        chosen[f"rank_correlation_{recipe}"] = rank_heatmaps, correlated
+        chosen[f"precision_{recipe}"] = precision_sweep, _swept([result for result in own if result in continuous])
     paths = []
     with figure_style():
         for name, (make, of_kind) in chosen.items():
             if of_kind:
                 paths += save_figure(make(of_kind), folder, name)
     return paths
+
+
+def _swept(results: Results) -> Results:
+    """Return the runs of BMRS_U on those networks and data sets for which it has run with three p1 or more."""
+    cells = panels([result for result in results if _BITS.fullmatch(result["config"]["method"])]).values()
+    return [result for cell in cells if len({each["config"]["method"] for each in cell}) >= 3 for result in cell]
 
 
 def post_training(results: Results) -> Figure:
@@ -105,23 +115,24 @@ def post_training(results: Results) -> Figure:
             ``stop_level``, at which the curve has a point, or None where the criterion does not stop.
     """
     cells = panels(results)
-    figure, axes = _row_of_panels(len(cells), height=2.4)
+    figure, grid = panel_grid(len(cells), height=2.2)
     methods = set()
-    for ax, ((network, dataset), members) in zip(axes, cells.items(), strict=False):
+    for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
         for group in seed_groups(members):
             methods.add(group[0]["config"]["method"])
             _curve(ax, group)
-        ax.set_title(title(network, dataset))
+        ax.set_title(panel_title(*cell))
         ax.set_xlabel("parameters removed (%)")
-        ax.set_xlim(0, 100)
+        ax.set_xlim(0, 101)
         ax.set_ylim(0, 102 if ax.get_ylim()[1] > 80 else None)
-    _label_first_of_rows(axes, "test accuracy (%)")
+        if is_left(ax):
+            ax.set_ylabel("test accuracy (%)")
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
         for method, look in METHODS.items()
         if method in methods
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), columnspacing=1.4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=7 if len(grid) > 1 else 4, columnspacing=1.4)
     return figure
 
 
@@ -153,38 +164,54 @@ def _curve(ax: Axes, group: Results) -> None:
 
 
 def rank_heatmaps(results: Results) -> Figure:
-    """Draw Spearman's correlations between the criteria's orderings, mean over runs (the paper's figures 3, 6 and 7).
+    """Draw Spearman's correlations between the criteria's orderings, mean over fits (the paper's figures 3, 6 and 7).
 
     Args:
         results: Those with a ``rank_correlation``: ``methods`` and the matrix ``spearman`` between them. Runs of one
-            posterior, which differ only in method, say the same and count once.
+            fit, which differ only in their criterion, say the same and count once.
 
     Raises:
-        ValueError: If two matrices of one panel are of different methods.
+        ValueError: If two matrices are of different methods.
     """
+    methods = results[0]["rank_correlation"]["methods"]
     cells = panels(results)
-    figure, axes = _row_of_panels(len(cells), height=2.75, sharey=False)
-    image = None
-    for ax, ((network, dataset), members) in zip(axes, cells.items(), strict=False):
-        once = {result["config"]["seed"]: result["rank_correlation"] for result in members}
-        methods = next(iter(once.values()))["methods"]
-        if any(each["methods"] != methods for each in once.values()):
-            raise ValueError(f"the rank correlations of {title(network, dataset)} are not all of {methods}")
-        matrix = np.mean([each["spearman"] for each in once.values()], axis=0)
-        image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r")
+    figure, grid = panel_grid(len(cells), height=2.0 if len(cells) > 1 else 2.6)
+    columns = -(-len(cells) // sum(is_left(ax) for (ax,) in grid))
+    counts = set()
+    for i, ((ax,), (cell, members)) in enumerate(zip(grid, cells.items(), strict=True)):
+        if any(result["rank_correlation"]["methods"] != methods for result in members):
+            raise ValueError(f"the rank correlations of {panel_title(*cell)} are not all between {', '.join(methods)}")
+        fits = {_fit_of(result): result["rank_correlation"]["spearman"] for result in members}
+        counts.add(len(fits))
+        image = _heatmap(ax, np.mean(list(fits.values()), axis=0))
         labels = [METHODS[method].label for method in methods]
-        ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
-        ax.set_yticks(range(len(labels)), labels)
-        ax.grid(visible=False)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        ax.set_title(f"{title(network, dataset)} ({len(once)} seed{'s' * (len(once) > 1)})")
-        for (row, column), value in np.ndenumerate(matrix):
-            ink = "white" if abs(value) > 0.6 else "black"
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=ink)
-    assert image is not None
-    figure.colorbar(image, ax=axes, label="Spearman's rank correlation", shrink=0.6, pad=0.01)
+        ax.set_xticks(range(len(labels)), labels if i + columns >= len(cells) else [], rotation=90)
+        ax.set_yticks(range(len(labels)), labels if is_left(ax) else [])
+        ax.set_title(panel_title(*cell))
+    label = r"Spearman's $\rho$"
+    if max(counts) > 1:
+        label += f", mean of {' or '.join(map(str, sorted(counts)))} fits"
+    figure.colorbar(image, ax=[ax for (ax,) in grid], label=label, fraction=0.03, pad=0.01, aspect=35)
     return figure
+
+
+def _fit_of(result: Mapping[str, Any]) -> str:
+    criterion = ("method", "prior_log_odds", "p2")
+    return json.dumps(
+        {name: value for name, value in result["config"].items() if name not in criterion}, sort_keys=True
+    )
+
+
+def _heatmap(ax: Axes, matrix: NDArray[np.float64]) -> AxesImage:
+    image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r", aspect="auto")
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(matrix):
+        text = f"{value:.2f}".replace("0.", ".", 1).replace("1.00", "1")
+        ink = "white" if abs(value) > 0.6 else "black"
+        ax.text(column, row, text, ha="center", va="center", fontsize=6, color=ink)
+    return image
 
 
 def precision_sweep(results: Results) -> Figure:
@@ -194,57 +221,46 @@ def precision_sweep(results: Results) -> Figure:
         results: Those whose method is ``"BMRS_U-p1"``; the paper's two values of p1 have their usual markers.
     """
     cells = panels(results)
-    figure, grid = plt.subplots(2, len(cells), figsize=(WIDTH, 3.4), squeeze=False, sharex=True)
-    for column, ((network, dataset), members) in zip(grid.T, cells.items(), strict=True):
-        found = sorted((_bits(group), summarise(group)) for group in seed_groups(members))
+    figure, grid = panel_grid(len(cells), height=3.0, rows_each=2)
+    for axes, (cell, members) in zip(grid, cells.items(), strict=True):
+        found = sorted(((_bits(group), summarise(group)) for group in seed_groups(members)), key=lambda each: each[0])
         bits = [p1 for p1, _ in found]
-        means = ([point.accuracy for _, point in found], [point.compression for _, point in found])
-        sds = ([point.accuracy_sd for _, point in found], [point.compression_sd for _, point in found])
-        for ax, mean, sd in zip(column, means, sds, strict=True):
-            ax.errorbar(bits, mean, yerr=sd, color="0.35", marker=".", markersize=4, elinewidth=0.7, zorder=3)
-            for p1, value in zip(bits, mean, strict=True):
-                if look := METHODS.get(f"BMRS_U-{p1}"):
-                    ax.plot(p1, value, marker=look.marker, color=look.colour, markersize=6.5, zorder=4)
-            ax.margins(y=0.12)
-            ax.yaxis.set_major_locator(MaxNLocator(5))
-        column[0].set_title(title(network, dataset))
-        column[1].set_xlim(max(bits) + 1, min(bits) - 1)
-        column[1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        column[1].set_xlabel("$p_1$ (bits)")
-    grid[0, 0].set_ylabel("test accuracy (%)")
-    grid[1, 0].set_ylabel("parameters removed (%)")
-    figure.align_ylabels(grid[:, 0])
+        _against_bits(axes[0], bits, [(point.accuracy, point.accuracy_sd) for _, point in found])
+        _against_bits(axes[1], bits, [(point.compression, point.compression_sd) for _, point in found])
+        axes[0].set_title(panel_title(*cell), fontsize=8)
+        axes[0].tick_params(labelbottom=False)
+        axes[1].set_xlabel("$p_1$ (bits)")
+        if is_left(axes[0]):
+            axes[0].set_ylabel("test accuracy (%)")
+            axes[1].set_ylabel("parameters removed (%)")
+    figure.align_ylabels()
     used = {result["config"]["method"] for result in results}
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=look.label)
         for method, look in METHODS.items()
         if method in used
     ]
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    handles.append(Line2D([], [], color=_SWEEP, marker=".", label=r"BMRS$_\mathcal{U}$ of other $p_1$"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), columnspacing=1.2, handletextpad=0.5)
     return figure
+
+
+def _against_bits(ax: Axes, bits: Sequence[int], values: Sequence[tuple[float, float]]) -> None:
+    means, sds = zip(*values, strict=True)
+    ax.errorbar(bits, means, yerr=sds, color=_SWEEP, marker=".", markersize=4, elinewidth=0.7, zorder=3)
+    for p1, mean in zip(bits, means, strict=True):
+        if look := METHODS.get(f"BMRS_U-{p1}"):
+            ax.plot(p1, mean, marker=look.marker, color=look.colour, markersize=5.5, zorder=4)
+    ax.margins(y=0.12)
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.set_xlim(max(bits) + 1, min(bits) - 1)
+    ax.set_xticks([p1 for p1 in (20, 15, 10, 5, 1) if min(bits) <= p1 <= max(bits)])
 
 
 def _bits(group: Results) -> int:
     match = _BITS.fullmatch(group[0]["config"]["method"])
     assert match is not None
     return int(match[1])
-
-
-def _row_of_panels(count: int, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many panels, at most three in a row, ``height`` inches each."""
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(WIDTH, 0.5 + height * rows), squeeze=False, sharey=sharey)
-    axes = list(grid.flat)
-    for ax in axes[count:]:
-        ax.remove()
-    return figure, axes[:count]
-
-
-def _label_first_of_rows(axes: Sequence[Axes], label: str) -> None:
-    for ax in axes[::3]:
-        ax.set_ylabel(label)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
 """The trade-off between size and accuracy: all methods, recipes and peers, and the published points."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import NullLocator
+from numpy.typing import ArrayLike, NDArray
 
-from analysis.figure_style import METHODS, WIDTH, title
+from analysis.figure_style import METHODS, is_left, panel_grid, panel_order, panel_title
 from analysis.published import Point, published
 
 __all__ = ["panels", "seed_groups", "summarise", "tradeoff"]
 
 Results = Sequence[Mapping[str, Any]]
-_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1)  # % of the parameters left
+# Where ticks may be, the most welcome first: parameters left, and accuracy, in %.
+_TICKS_LEFT = [[100, 10, 1, 0.1], [50, 20, 5, 2, 0.5, 0.2]]
+_TICKS_ACCURACY = [[number * step for number in range(round(100 / step))] for step in (10, 5, 1, 0.5, 0.2, 0.1)]
 _STRIP = 0.12  # of a panel's height, for networks that have collapsed
 
 
@@ -26,7 +27,7 @@ def tradeoff(results: Results) -> Figure:
     """Draw test accuracy against the parameters left, a panel for each network and data set.
 
     Networks below half of the panel's best accuracy, less a standard deviation, have collapsed and stand in a strip at
-    the bottom. Runs that differ only by a setting (of ours the KL's weight) are points of one line.
+    the bottom, called fail. Runs that differ only by a setting (of ours the KL's weight) are points of one line.
 
     Raises:
         ValueError: If none of the results is of pruning while training.
@@ -39,13 +40,15 @@ def tradeoff(results: Results) -> Figure:
     cells = panels(results)
     if not cells:
         raise ValueError("no result is of a method that prunes while training, so there is no trade-off to draw")
-    figure, grid = _grid(list(cells))
+    figure, grid = panel_grid(len(cells), height=2.3)
     seen: set[str] = set()
-    for (network, dataset), members in cells.items():
-        ax, known = grid[network, dataset], published(network, dataset)
+    for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
+        known = published(*cell)
         seen |= set(known) | {result["config"]["method"] for result in members}
         _panel(ax, members, known)
-        ax.set_title(title(network, dataset))
+        ax.set_title(panel_title(*cell))
+        if is_left(ax):
+            ax.set_ylabel("test accuracy (%)")
     _legend(figure, [method for method in METHODS if method in seen])
     return figure
 
@@ -55,7 +58,7 @@ def panels(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[M
     cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
         cells.setdefault((result["config"]["network"], result["config"]["dataset"]), []).append(result)
-    return dict(sorted(cells.items()))
+    return {cell: cells[cell] for cell in sorted(cells, key=panel_order)}
 
 
 def seed_groups(results: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -72,22 +75,6 @@ def summarise(group: Results) -> Point:
     compressions, accuracies = ([100 * result[key] for result in group] for key in ("compression", "accuracy_test"))
     sds = [float(np.std(values, ddof=1)) if len(group) > 1 else 0.0 for values in (compressions, accuracies)]
     return Point(float(np.mean(compressions)), float(np.mean(accuracies)), *sds)
-
-
-def _grid(cells: Sequence[tuple[str, str]]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Return axes for each cell, networks below each other and data sets side by side."""
-    networks, datasets = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-    height = 0.6 + 2.3 * len(networks)
-    figure, axes = plt.subplots(len(networks), len(datasets), figsize=(WIDTH, height), squeeze=False)
-    found = {}
-    for i, network in enumerate(networks):
-        for j, dataset in enumerate(datasets):
-            if (network, dataset) in cells:
-                found[network, dataset] = axes[i, j]
-            else:
-                axes[i, j].remove()
-        next(found[network, name] for name in datasets if (network, name) in cells).set_ylabel("test accuracy (%)")
-    return figure, found
 
 
 def _panel(ax: Axes, results: Results, known: Mapping[str, Point]) -> None:
@@ -117,39 +104,55 @@ def _scales(ax: Axes, points: Sequence[Point]) -> None:
     """Set a logarithmic scale of the parameters left, falling, and one of the test error, with a strip below it."""
     half = max(point.accuracy for point in points) / 2
     ax.set_xscale("log")
-    fewest = min(_left(point) for point in points)
-    ax.set_xlim(115, min(0.8 * fewest, 40))
-    ax.set_xticks([tick for tick in _TICKS if tick >= ax.get_xlim()[1]])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlim(115, min(0.8 * min(_left(point) for point in points), 40))
+    ticks = _spaced(_TICKS_LEFT, ax.get_xlim(), np.log10, gap=0.13)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xlabel("parameters left (%, log scale)")
 
     ax.set_yscale("function", functions=(_from_accuracy, _to_accuracy))
-    ends = [
-        accuracy
-        for point in points
-        if not _has_collapsed(point, half)
-        for accuracy in (point.accuracy - point.accuracy_sd, point.accuracy + point.accuracy_sd)
-    ]
-    low, high = (float(_from_accuracy(np.array(end))) for end in (min(ends), max(ends)))
-    room = max(high - low, 0.02)
-    low, high = low - 0.08 * room, high + 0.08 * room
+    bars = [(p.accuracy, p.accuracy_sd if p.accuracy_sd < 5 else 0) for p in points if not _has_collapsed(p, half)]
+    ends = _from_accuracy(np.array([mean + sign * sd for mean, sd in bars for sign in (-1, 1)]))
+    middle, room = (ends.max() + ends.min()) / 2, max(ends.max() - ends.min(), 0.02)
+    low, high = middle - 0.58 * room, middle + 0.58 * room
+    ticks = _spaced(_TICKS_ACCURACY, _to_accuracy(np.array([low, high])), _from_accuracy, gap=0.11)
+    labels = [f"{tick:g}" for tick in ticks]
     if any(_has_collapsed(point, half) for point in points):
+        ax.axhline(float(_to_accuracy(low)), color="0.6", linewidth=0.6, dashes=(4, 3))
         low -= _STRIP / (1 - _STRIP) * (high - low)
-        ax.axhline(
-            float(_to_accuracy(np.array(low + _STRIP * (high - low)))), color="0.6", linewidth=0.6, dashes=(4, 3)
-        )
-        ax.annotate("collapsed", (0.02, 0.02), xycoords="axes fraction", fontsize=6.5, color="0.4", va="bottom")
-    ax.set_ylim(*(float(_to_accuracy(np.array(end))) for end in (low, high)))
-    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_minor_locator(NullLocator())
+        ticks.append(float(_to_accuracy(low + _STRIP / 2 * (high - low))))
+        labels.append("fail")
+    ax.set_ylim(float(_to_accuracy(low)), float(_to_accuracy(high)))
+    ax.set_yticks(ticks, labels)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
 
 
-def _from_accuracy(accuracy: NDArray[np.float64]) -> NDArray[np.float64]:
-    return -np.log10(np.clip(100 - accuracy, 0.01, None))
+def _spaced(candidates: Iterable[Sequence[float]], ends: Any, scale: Callable[[Any], Any], gap: float) -> list[float]:
+    """Return candidates within two ends that keep a distance, a fraction of the axis; finer ones only if there are few.
+
+    Args:
+        candidates: From coarse to fine.
+        ends: Of the axis.
+        scale: From values to places on the axis.
+        gap: The distance.
+    """
+    start, end = (float(scale(each)) for each in ends)
+    chosen: dict[float, float] = {}
+    for ticks in candidates:
+        if len(chosen) >= 4:
+            break
+        for tick in ticks:
+            place = (float(scale(tick)) - start) / (end - start)
+            if 0.02 <= place <= 1 and all(abs(place - other) >= gap for other in chosen.values()):
+                chosen[tick] = place
+    return list(chosen)
 
 
-def _to_accuracy(value: NDArray[np.float64]) -> NDArray[np.float64]:
+def _from_accuracy(accuracy: ArrayLike) -> NDArray[np.float64]:
+    return -np.log10(np.clip(100 - np.asarray(accuracy, dtype=float), 0.01, None))
+
+
+def _to_accuracy(value: ArrayLike) -> NDArray[np.float64]:
     return 100 - 10 ** -np.asarray(value)
 
 
