@@ -112,7 +112,7 @@ def post_training(results: Results) -> Figure:
 
     Args:
         results: Those with a ``curve`` (columns ``level``, ``compression`` and ``accuracy_test``) and a
-            ``stop_level``, at which the curve has a point, or None where the criterion does not stop.
+            ``stop_level``, at or near which the curve has a point, or None where the criterion does not stop.
     """
     cells = panels(results)
     figure, grid = panel_grid(len(cells), height=2.2)
@@ -137,20 +137,19 @@ def post_training(results: Results) -> Figure:
 
 
 def _curve(ax: Axes, group: Results) -> None:
-    look = METHODS[group[0]["config"]["method"]]
+    look, columns = METHODS[group[0]["config"]["method"]], ("compression", "accuracy_test")
     curves = [{key: np.array(values) for key, values in result["curve"].items()} for result in group]
     shared = sorted(set.intersection(*(set(curve["level"].tolist()) for curve in curves)))
     at = [np.isin(curve["level"], shared) for curve in curves]
     removed, accuracy = (
-        100 * np.array([curve[key][chosen] for curve, chosen in zip(curves, at, strict=True)])
-        for key in ("compression", "accuracy_test")
+        100 * np.array([curve[key][chosen] for curve, chosen in zip(curves, at, strict=True)]) for key in columns
     )
     mean, sd = accuracy.mean(0), accuracy.std(0, ddof=1) if len(group) > 1 else 0.0
     ax.plot(removed.mean(0), mean, color=look.colour)
     ax.fill_between(removed.mean(0), mean - sd, mean + sd, color=look.colour, alpha=0.18, linewidth=0)
     stops = np.array(
         [
-            [100 * curve[key][curve["level"] == result["stop_level"]][0] for key in ("compression", "accuracy_test")]
+            [100 * curve[key][np.abs(curve["level"] - result["stop_level"]).argmin()] for key in columns]
             for result, curve in zip(group, curves, strict=True)
             if result["stop_level"]  # neither None nor 0: the curve begins with the first structure that goes
         ]
