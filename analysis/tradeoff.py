@@ -40,7 +40,8 @@ def tradeoff(results: Results) -> Figure:
     cells = panels(results)
     if not cells:
         raise ValueError("no result is of a method that prunes while training, so there is no trade-off to draw")
-    figure, grid = panel_grid(len(cells), height=2.3)
+    alone = len(cells) == 1
+    figure, grid = panel_grid(len(cells), height=3.4 if alone else 2.3)
     seen: set[str] = set()
     for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
         known = published(*cell)
@@ -49,7 +50,7 @@ def tradeoff(results: Results) -> Figure:
         ax.set_title(panel_title(*cell))
         if is_left(ax):
             ax.set_ylabel("test accuracy (%)")
-    _legend(figure, [method for method in METHODS if method in seen])
+    _legend(figure, [method for method in METHODS if method in seen], columns=2 if alone else 4)
     return figure
 
 
@@ -161,8 +162,8 @@ def _draw(ax: Axes, line: Sequence[Point], half: float, colour: str, marker: str
     alive = sorted((p for p in line if not _has_collapsed(p, half)), key=lambda point: point.compression)
     for point in (point for point in line if _has_collapsed(point, half)):
         ax.plot(
-            _left(point), _STRIP / 2, transform=ax.get_xaxis_transform(), marker=marker, linestyle="none", zorder=3,
-            **_face(colour, looks),
+            _left(point), _STRIP / 2, color=colour, marker=marker, linestyle="none", zorder=3,
+            transform=ax.get_xaxis_transform(), **_face(colour, looks),
         )  # fmt: skip
     if not alive:
         return
@@ -199,7 +200,7 @@ def _face(colour: str, looks: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _legend(figure: Figure, methods: Sequence[str]) -> None:
+def _legend(figure: Figure, methods: Sequence[str], columns: int) -> None:
     """Explain markers by method, and their filling by recipe, below the panels."""
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=look.label)
@@ -210,4 +211,4 @@ def _legend(figure: Figure, methods: Sequence[str]) -> None:
         for name, looks in _LOOKS.items()
         if name
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.4, handletextpad=0.4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.4)
