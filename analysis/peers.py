@@ -211,4 +211,5 @@ def train_from_scratch(
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
-    return train_dense(net, data, epochs, batch_size, lr, seed)
+    train_dense(net, data, epochs, batch_size, lr, seed)
+    return net
