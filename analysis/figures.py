@@ -86,8 +86,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
     chosen["tradeoff"] = tradeoff, [result for result in continuous if result["config"]["method"] in METHODS]
     for recipe in sorted({result["config"].get("recipe", "") for result in results}):
         own = [result for result in results if result["config"].get("recipe", "") == recipe]
-        chosen[f"post_training_{recipe}"] = post_training, [result for result in own if "curve" in result]
-        correlated = [result for result in own if "rank_correlation" in result]
+        known = [result for result in own if result["config"]["method"] in METHODS]  # not BMRS_U of any p1
+        chosen[f"post_training_{recipe}"] = post_training, [result for result in known if "curve" in result]
+        correlated = [result for result in known if "rank_correlation" in result]
         chosen[f"rank_correlation_{recipe}"] = rank_heatmaps, correlated
         chosen[f"precision_{recipe}"] = precision_sweep, _swept([result for result in own if result in continuous])
     paths = []

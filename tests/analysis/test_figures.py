@@ -151,7 +151,9 @@ def test_the_sweep_runs_along_p1():
 
 
 def test_every_figure_there_are_results_for_is_written_the_same_each_time(tmp_path):
-    results = continuous([MNIST]) + post_training([MNIST]) + sweep([MNIST])
+    after = post_training([MNIST])
+    other = {**after[0], "config": {**after[0]["config"], "method": "BMRS_U-2"}}  # which has no colour of its own
+    results = [*continuous([MNIST]), *after, other, *sweep([MNIST])]
     for i, run in enumerate(results):
         (tmp_path / "runs").mkdir(exist_ok=True)
         (tmp_path / "runs" / f"{i:04}.json").write_text(json.dumps(run))
