@@ -1,0 +1,214 @@
+"""The trade-off between size and accuracy: all methods, recipes and peers, and the published points."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.figure_style import METHODS, is_left, panel_grid, panel_order, panel_title
+from analysis.published import Point, published
+
+__all__ = ["panels", "seed_groups", "summarise", "tradeoff"]
+
+Results = Sequence[Mapping[str, Any]]
+# Where ticks may be, the most welcome first: parameters left, and accuracy, in %.
+_TICKS_LEFT = [[100, 10, 1, 0.1], [50, 20, 5, 2, 0.5, 0.2]]
+_TICKS_ACCURACY = [[number * step for number in range(round(100 / step))] for step in (10, 5, 1, 0.5, 0.2, 0.1)]
+_STRIP = 0.12  # of a panel's height, for networks that have collapsed
+
+
+def tradeoff(results: Results) -> Figure:
+    """Draw test accuracy against the parameters left, a panel for each network and data set.
+
+    Networks below half of the panel's best accuracy, less a standard deviation, have collapsed and stand in a strip at
+    the bottom, called fail. Runs that differ only by a setting (of ours the KL's weight) are points of one line.
+
+    Raises:
+        ValueError: If none of the results is of pruning while training.
+    """
+    results = [
+        result
+        for result in results
+        if result["config"].get("pruning", "continuous") == "continuous" and result["config"]["method"] in METHODS
+    ]
+    cells = panels(results)
+    if not cells:
+        raise ValueError("no result is of a method that prunes while training, so there is no trade-off to draw")
+    alone = len(cells) == 1
+    figure, grid = panel_grid(len(cells), height=3.4 if alone else 2.3)
+    seen: set[str] = set()
+    for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
+        known = published(*cell)
+        seen |= set(known) | {result["config"]["method"] for result in members}
+        _panel(ax, members, known)
+        ax.set_title(panel_title(*cell))
+        if is_left(ax):
+            ax.set_ylabel("test accuracy (%)")
+    _legend(figure, [method for method in METHODS if method in seen], columns=2 if alone else 4)
+    return figure
+
+
+def panels(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Return the results of each network on each data set."""
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        cells.setdefault((result["config"]["network"], result["config"]["dataset"]), []).append(result)
+    return {cell: cells[cell] for cell in sorted(cells, key=panel_order)}
+
+
+def seed_groups(results: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return the results in groups that differ by nothing but their seed."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        config = {name: value for name, value in result["config"].items() if name != "seed"}
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
+    return list(groups.values())
+
+
+def summarise(group: Results) -> Point:
+    """Return the mean of a group's compressions and accuracies, and their standard deviations where it has several."""
+    compressions, accuracies = ([100 * result[key] for result in group] for key in ("compression", "accuracy_test"))
+    sds = [float(np.std(values, ddof=1)) if len(group) > 1 else 0.0 for values in (compressions, accuracies)]
+    return Point(float(np.mean(compressions)), float(np.mean(accuracies)), *sds)
+
+
+def _panel(ax: Axes, results: Results, known: Mapping[str, Point]) -> None:
+    lines: dict[tuple[str, str], list[Point]] = {}
+    for group in seed_groups(results):
+        config = group[0]["config"]
+        lines.setdefault((config["method"], config.get("recipe", "")), []).append(summarise(group))
+    points = [*known.values(), *(point for line in lines.values() for point in line)]
+    _scales(ax, points)
+    half = max(point.accuracy for point in points) / 2
+    for method, point in known.items():
+        _draw(ax, [point], half, METHODS[method].colour, METHODS[method].marker, "published")
+    for (method, recipe), line in lines.items():
+        _draw(ax, line, half, METHODS[method].colour, METHODS[method].marker, recipe)
+
+
+def _left(point: Point) -> float:
+    """Return the percentage of parameters that is left, 0.01 at least: a logarithm has no 0."""
+    return max(100 - point.compression, 0.01)
+
+
+def _has_collapsed(point: Point, half: float) -> bool:
+    return point.accuracy - point.accuracy_sd < half
+
+
+def _scales(ax: Axes, points: Sequence[Point]) -> None:
+    """Set a logarithmic scale of the parameters left, falling, and one of the test error, with a strip below it."""
+    half = max(point.accuracy for point in points) / 2
+    ax.set_xscale("log")
+    ax.set_xlim(115, min(0.8 * min(_left(point) for point in points), 40))
+    ticks = _spaced(_TICKS_LEFT, ax.get_xlim(), np.log10, gap=0.13)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xlabel("parameters left (%, log scale)")
+
+    ax.set_yscale("function", functions=(_from_accuracy, _to_accuracy))
+    bars = [(p.accuracy, p.accuracy_sd if p.accuracy_sd < 5 else 0) for p in points if not _has_collapsed(p, half)]
+    ends = _from_accuracy(np.array([mean + sign * sd for mean, sd in bars for sign in (-1, 1)]))
+    middle, room = (ends.max() + ends.min()) / 2, max(ends.max() - ends.min(), 0.02)
+    low, high = middle - 0.58 * room, middle + 0.58 * room
+    ticks = _spaced(_TICKS_ACCURACY, _to_accuracy(np.array([low, high])), _from_accuracy, gap=0.11)
+    labels = [f"{tick:g}" for tick in ticks]
+    if any(_has_collapsed(point, half) for point in points):
+        ax.axhline(float(_to_accuracy(low)), color="0.6", linewidth=0.6, dashes=(4, 3))
+        low -= _STRIP / (1 - _STRIP) * (high - low)
+        ticks.append(float(_to_accuracy(low + _STRIP / 2 * (high - low))))
+        labels.append("fail")
+    ax.set_ylim(float(_to_accuracy(low)), float(_to_accuracy(high)))
+    ax.set_yticks(ticks, labels)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
+
+
+def _spaced(candidates: Iterable[Sequence[float]], ends: Any, scale: Callable[[Any], Any], gap: float) -> list[float]:
+    """Return candidates within two ends that keep a distance, a fraction of the axis; finer ones only if there are few.
+
+    Args:
+        candidates: From coarse to fine.
+        ends: Of the axis.
+        scale: From values to places on the axis.
+        gap: The distance.
+    """
+    start, end = (float(scale(each)) for each in ends)
+    chosen: dict[float, float] = {}
+    for ticks in candidates:
+        if len(chosen) >= 4:
+            break
+        for tick in ticks:
+            place = (float(scale(tick)) - start) / (end - start)
+            if 0.02 <= place <= 1 and all(abs(place - other) >= gap for other in chosen.values()):
+                chosen[tick] = place
+    return list(chosen)
+
+
+def _from_accuracy(accuracy: ArrayLike) -> NDArray[np.float64]:
+    return -np.log10(np.clip(100 - np.asarray(accuracy, dtype=float), 0.01, None))
+
+
+def _to_accuracy(value: ArrayLike) -> NDArray[np.float64]:
+    return 100 - 10 ** -np.asarray(value)
+
+
+def _draw(ax: Axes, line: Sequence[Point], half: float, colour: str, marker: str, recipe: str) -> None:
+    looks = _LOOKS.get(recipe, _LOOKS[""])
+    alive = sorted((p for p in line if not _has_collapsed(p, half)), key=lambda point: point.compression)
+    for point in (point for point in line if _has_collapsed(point, half)):
+        ax.plot(
+            _left(point), _STRIP / 2, color=colour, marker=marker, linestyle="none", zorder=3,
+            transform=ax.get_xaxis_transform(), **_face(colour, looks),
+        )  # fmt: skip
+    if not alive:
+        return
+    ax.errorbar(
+        [_left(point) for point in alive],
+        [point.accuracy for point in alive],
+        xerr=np.array([_left_error(point) for point in alive]).T,
+        yerr=[point.accuracy_sd for point in alive],
+        color=colour, marker=marker, linestyle="-" if len(alive) > 1 else "none", linewidth=0.9, elinewidth=0.7,
+        zorder=looks["zorder"], **_face(colour, looks),
+    )  # fmt: skip
+
+
+def _left_error(point: Point) -> tuple[float, float]:
+    """Return how far the error bar reaches on either side, so that it stays on a logarithmic axis."""
+    return min(point.compression_sd, 0.9 * _left(point)), min(point.compression_sd, point.compression)
+
+
+# By recipe: whether filled, colour of the edge (None: the method's own), size, and what lies above what.
+_LOOKS: dict[str, dict[str, Any]] = {
+    "published": {"filled": False, "edge": None, "size": 4.5, "zorder": 2, "label": "published"},
+    "paper": {"filled": True, "edge": None, "size": 4.5, "zorder": 3, "label": "paper's recipe, run here"},
+    "ours": {"filled": True, "edge": "black", "size": 6.5, "zorder": 4, "label": "our recipe"},
+    "": {"filled": True, "edge": None, "size": 5, "zorder": 3, "label": "peers"},
+}
+
+
+def _face(colour: str, looks: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "markersize": looks["size"],
+        "markerfacecolor": colour if looks["filled"] else "white",
+        "markeredgecolor": looks["edge"] or colour,
+        "markeredgewidth": 0.9,
+    }
+
+
+def _legend(figure: Figure, methods: Sequence[str], columns: int) -> None:
+    """Explain markers by method, and their filling by recipe, below the panels."""
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=look.label)
+        for look in (METHODS[method] for method in methods)
+    ]
+    handles += [
+        Line2D([], [], marker="o", linestyle="none", label=looks["label"], **_face("0.6", looks))
+        for name, looks in _LOOKS.items()
+        if name
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.4)

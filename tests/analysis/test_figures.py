@@ -1,0 +1,208 @@
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+from synthetic import continuous, post_training, result, sweep
+
+from analysis import figures
+from analysis.figure_style import METHODS, figure_style, panel_grid
+from analysis.figures import Figures, draw, load_results, main
+from analysis.published import Point, published
+from analysis.tradeoff import summarise, tradeoff
+
+MNIST = ("lenet5", "mnist")
+ALL = [(network, dataset) for network in ("mlp", "lenet5") for dataset in ("mnist", "fashion_mnist", "cifar10")]
+CELLS = {"one": [MNIST], "four": [*ALL[:2], *ALL[3:5]], "five": ALL[1:]}
+MAKERS = {
+    "tradeoff": (tradeoff, continuous),
+    "post_training": (figures.post_training, post_training),
+    "rank_heatmaps": (figures.rank_heatmaps, post_training),
+    "precision_sweep": (figures.precision_sweep, sweep),
+}
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with figure_style():
+        yield
+    plt.close("all")
+
+
+def overlapping_texts(figure):
+    """Return the pairs of visible texts whose boxes have more than a pixel in common."""
+    figure.canvas.draw()
+    beyond = set()  # ticks outside the limits, which exist but are not drawn
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    texts = [text for text in texts if text not in beyond]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    return [
+        (one, other)
+        for i, (one, a) in enumerate(boxes)
+        for other, b in boxes[:i]
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    ]
+
+
+@pytest.mark.parametrize("cells", CELLS)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_texts_do_not_overlap_and_axes_are_labelled(maker, cells):
+    make, results = MAKERS[maker]
+    figure = make(results(CELLS[cells]))
+    assert overlapping_texts(figure) == []
+    if maker != "rank_heatmaps":
+        assert any("accuracy (%)" in ax.get_ylabel() for ax in figure.axes)
+        assert sum("(" in ax.get_xlabel() for ax in figure.axes) == len(CELLS[cells])
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert (box.x0, box.y0, width - box.x1, height - box.y1) > (-0.02,) * 4
+
+
+def test_networks_of_other_shapes_have_a_trade_off_too():
+    cells = [MNIST, ("lenet5_caffe", "mnist"), ("mlp_inputs", "mnist")]
+    figure = tradeoff(continuous(cells))
+    assert overlapping_texts(figure) == []
+    assert [ax.get_title() for ax in figure.axes] == [
+        "MLP with input noise, MNIST", "LeNet-5, MNIST", "LeNet-5-Caffe, MNIST",
+    ]  # fmt: skip
+
+
+def test_methods_look_different_from_each_other_and_the_same_everywhere():
+    assert len({(look.colour, look.marker) for look in METHODS.values()}) == len(METHODS)
+    for make, results in (MAKERS["tradeoff"], MAKERS["post_training"]):
+        lines = make(results([MNIST])).axes[0].lines
+        looks = {(to_hex(line.get_color()).upper(), line.get_marker()) for line in lines if line.get_marker() != "None"}
+        assert {look for look in looks if look[1] not in ("_", "|")} <= {
+            (look.colour.upper(), look.marker) for look in METHODS.values()
+        }
+
+
+def test_points_are_means_and_bars_standard_deviations_over_seeds():
+    results = [result(*MNIST, "BMRS_N", seed, 80 + 2 * seed, 98 + 0.1 * seed, "ours") for seed in range(3)]
+    point = summarise(results)
+    assert (point.compression, point.accuracy) == pytest.approx((82, 98.1))
+    assert (point.compression_sd, point.accuracy_sd) == pytest.approx((2, 0.1))
+    assert summarise(results[:1]) == Point(pytest.approx(80), pytest.approx(98))
+    points = [line for line in tradeoff(results).axes[0].lines if line.get_markersize() == 6.5]
+    assert len(points) == 1
+    np.testing.assert_allclose(points[0].get_xydata(), [[18, 98.1]])
+
+
+def test_settings_of_one_method_are_joined_and_other_recipes_are_not():
+    runs = [result(*MNIST, "BMRS_N", 0, c, 98, "ours", kl_weight=w) for w, c in ((30.0, 92), (3.0, 80), (100.0, 96))]
+    runs.append(result(*MNIST, "BMRS_N", 0, 87, 95, "paper"))
+    lines = tradeoff(runs).axes[0].lines
+    joined = [line for line in lines if len(line.get_xdata()) == 3 and line.get_marker() == "o"]
+    assert len(joined) == 1
+    np.testing.assert_allclose(joined[0].get_xydata()[:, 0], [20, 8, 4])
+
+
+def test_collapsed_networks_do_not_stretch_the_axis():
+    ax = tradeoff([result(*MNIST, "SNR", 0, 99, 11, "ours"), result(*MNIST, "BMRS_N", 0, 90, 98.5, "ours")]).axes[0]
+    assert 90 < ax.get_ylim()[0] < 98
+    assert 98.6 < ax.get_ylim()[1] <= 100
+    assert "fail" in [label.get_text() for label in ax.get_yticklabels()]
+    ticks = [float(label.get_text()) for label in ax.get_yticklabels() if label.get_text() != "fail"]
+    assert min(ticks) > 92
+    alone = tradeoff([result("lenet5", "digits", "BMRS_N", 0, 90, 100.0)]).axes[0]
+    assert "fail" not in [label.get_text() for label in alone.get_yticklabels()]
+    assert np.isfinite(alone.get_ylim()).all()
+
+
+def test_after_training_the_stop_is_marked_where_the_curve_passes_it():
+    curve = {"level": [0.1, 0.50001, 0.9], "compression": [0.2, 0.6, 0.95], "accuracy_test": [0.99, 0.98, 0.5]}
+    other = {"level": [0.1, 0.7, 0.9], "compression": [0.2, 0.8, 0.95], "accuracy_test": [0.97, 0.9, 0.3]}
+    runs = [
+        result(*MNIST, "BMRS_N", seed, 95, 50, pruning="post-training", curve=each, stop_level=stop)
+        for seed, (each, stop) in enumerate(((curve, 0.5000149), (other, 0.7)))
+    ]
+    lines = figures.post_training(runs).axes[0].lines
+    np.testing.assert_allclose(lines[0].get_xydata(), [[20, 98], [95, 40]])  # at levels that both seeds have
+    np.testing.assert_allclose(lines[1].get_xydata(), [[60, 98], [80, 90]])
+    np.testing.assert_allclose(lines[2].get_xydata(), [[70, 94]])
+    unstopped = [{**run, "stop_level": None} for run in runs]
+    assert len(figures.post_training(unstopped).axes[0].lines) == 1
+
+
+def test_rank_correlations_of_one_fit_count_once():
+    def run(method, seed, value):
+        correlation = {"methods": ["SNR", "BMRS_N"], "spearman": [[1, value], [value, 1]]}
+        return result(*MNIST, method, seed, 50, 90, pruning="post-training", rank_correlation=correlation)
+
+    figure = figures.rank_heatmaps([run("SNR", 0, 0.2), run("BMRS_N", 0, 0.2), run("SNR", 1, 0.8)])
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[1, 0.5], [0.5, 1]])
+    assert figure.axes[1].get_ylabel().endswith("mean of 2 fits")
+    wrong = run("SNR", 2, 0.1)
+    wrong["rank_correlation"]["methods"] = ["SNR", "L2"]
+    with pytest.raises(ValueError, match="LeNet-5, MNIST are not all between SNR, BMRS_N"):
+        figures.rank_heatmaps([run("SNR", 0, 0.2), wrong])
+
+
+def test_the_sweep_runs_along_p1():
+    runs = [result(*MNIST, f"BMRS_U-{p1}", seed, 90 - p1, 95, "paper") for p1 in (12, 8, 4, 1) for seed in (0, 1)]
+    below = figures.precision_sweep(runs).axes[1]
+    np.testing.assert_allclose(below.lines[0].get_xydata(), [[1, 89], [4, 86], [8, 82], [12, 78]])
+    assert below.get_xlim() == (13, 0)
+
+
+def test_every_figure_there_are_results_for_is_written_the_same_each_time(tmp_path):
+    after = post_training([MNIST])
+    other = {**after[0], "config": {**after[0]["config"], "method": "BMRS_U-2"}}  # which has no colour of its own
+    results = [*continuous([MNIST]), *after, other, *sweep([MNIST])]
+    for i, run in enumerate(results):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"{i:04}.json").write_text(json.dumps(run))
+    main(Figures(results=tmp_path / "runs", output=tmp_path / "a"))
+    draw(results[:10], tmp_path / "b")
+    draw(results[:10], tmp_path / "c")
+    names = ("post_training_paper", "precision_paper", "rank_correlation_paper", "tradeoff")
+    expected = sorted(f"{name}.{suffix}" for name in names for suffix in ("pdf", "png", "svg"))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == expected
+    for path in (tmp_path / "b").iterdir():
+        assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes(), path.name
+    assert plt.get_fignums() == []
+
+
+def test_figures_without_results_are_left_out(tmp_path):
+    table1 = [result(*MNIST, method, 0, 80, 98) for method in ("BMRS_N", "BMRS_U-8", "BMRS_U-4")]
+    assert [path.name for path in draw(table1, tmp_path)] == ["tradeoff.pdf", "tradeoff.svg", "tradeoff.png"]
+    with pytest.raises(ValueError, match="no trade-off to draw"):
+        tradeoff(post_training([MNIST]))
+
+
+def test_only_results_are_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no results of runs in"):
+        load_results(tmp_path)
+    run = result(*MNIST, "SNR", 0, 80, 98)
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    (tmp_path / "a.error.json").write_text(json.dumps({"config": run["config"], "error": "lost"}))
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "other.json").write_text('{"config": "x", "compression": 1, "accuracy_test": 1}')
+    assert load_results(tmp_path) == [run]
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ValueError, match=r"b\.json is no result of a run .*; delete it"):
+        load_results(tmp_path)
+
+
+def test_published_points():
+    assert published("lenet5", "cifar10")["BMRS_U-4"] == Point(68.07, 67.66, 1.95, 0.59)
+    assert published("mlp", "mnist")["L2"].accuracy_sd == 0
+    assert published("mlp_inputs", "mnist") == published("mlp", "mnist")
+    assert published("lenet5", "digits") == published("unknown", "mnist") == {}
+    horseshoe = published("lenet5_caffe", "mnist")["BC-GHS"]
+    assert 431_080 * (1 - horseshoe.compression / 100) == pytest.approx(2792)
+    assert horseshoe.accuracy == 99
+
+
+def test_panels_fill_their_rows():
+    for count, columns in ((1, 1), (2, 2), (4, 4), (5, 3), (7, 3)):
+        figure, grid = panel_grid(count, height=2, rows_each=2)
+        assert len(grid) == count
+        assert len(figure.axes) == 2 * count
+        assert grid[0][0].get_gridspec().ncols == columns
+        assert all(top.get_position().y0 > bottom.get_position().y1 for top, bottom in grid)
