@@ -76,9 +76,7 @@ class _Draw(Elementwise):
             held = torch.addcmul(at_near, at_near, uniform, value=-1).clamp_max_(1)
             near = held.mul_(grad).sum_to_size(distance.shape)
         # What the parameters share is taken out of the sums over draws.
-        steps = (grad * step).sum_to_size(
-            distance.shape
-        )  # not in place: total may be grad
+        steps = (grad * step).sum_to_size(distance.shape)  # not in place: total may be grad
         free = total - near - far
         grad_scale = steps + outside * free - inside * (near + far) - width * far
         from_high = towards < 0
