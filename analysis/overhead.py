@@ -27,7 +27,7 @@ import pyro_bmrs as bmrs
 from models import lenet5, mlp, resnet
 from pyro_bmrs.captured import CapturedStep
 from pyro_bmrs.compiled import CompiledStep
-from pyro_bmrs.devices import resolve_device
+from pyro_bmrs.devices import keep_freed_memory, resolve_device
 from pyro_bmrs.io import write_json
 from pyro_bmrs.objective import NoisyObjective
 
@@ -100,6 +100,7 @@ def _in_a_process(config: Overhead) -> dict[str, Any]:
 
 def _measure_all(config: Overhead, device: torch.device) -> dict[str, Any]:
     torch.set_num_threads(config.threads[0] or os.cpu_count() or 1)
+    keep_freed_memory(device)  # as a fit does
     results = []
     for network in config.networks:
         for batch_size in config.batch_sizes:

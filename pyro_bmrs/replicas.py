@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 
 from pyro_bmrs.data import to_input
-from pyro_bmrs.devices import place
+from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.faults import check_parameters, loss_error
 from pyro_bmrs.guide import FlatGuide
@@ -21,7 +21,6 @@ from pyro_bmrs.schedule import Rates
 __all__ = ["ReplicaTrainer", "Stack"]
 
 _CHECK_EVERY = 100  # steps between looks at the losses on a GPU, which each look stalls
-_LARGEST_KEPT = 2**25 - 2**13  # bytes; glibc does not keep more
 
 Losses = Callable[[Tensor, Tensor, float], Tensor]
 """From inputs ``(K, batch, ...)``, observations ``(K, batch, ...)`` and KL weight to losses ``(K,)``."""
@@ -120,8 +119,7 @@ class ReplicaTrainer:
             (posterior if name.startswith("guide.") else weights).append(parameter)
         groups = [{"params": weights, "lr": rates.lr}, {"params": posterior, "lr": rates.posterior_lr}]
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        if self.device.type == "cpu":
-            _keep_freed_memory()
+        keep_freed_memory(self.device)
 
     def noisy_epoch(self) -> list[float]:
         """Run one epoch of SVI and return each replica's mean loss, in nats an example."""
@@ -229,12 +227,3 @@ def _check_alike(modules: Sequence[nn.Module]) -> None:
 
 def _of_seed(seed: int, error: FloatingPointError) -> FloatingPointError:
     return FloatingPointError(f"the replica of seed {seed} failed: {error}")
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep for the next step the memory that a step frees, where it is glibc.
-
-    It hands back to the system what is free beyond twice the largest block that was ever freed, up to a limit; stacked
-    tensors exceed that at every step, and getting the memory again costs as much as what is computed in it.
-    """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)

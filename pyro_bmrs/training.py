@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from pyro_bmrs.checkpoint import State
 from pyro_bmrs.data import to_input
-from pyro_bmrs.devices import place
+from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.faults import check_parameters, loss_error
 from pyro_bmrs.guide import FlatGuide
@@ -58,6 +58,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data[0]) / batch_size)
         self.step = 0
         self.optimizer = self._make_optimizer()
+        keep_freed_memory(fabric.device)
         self._noisy_step: Step | None = None
         self._fixed_noise_step: Step | None = None
 
