@@ -36,8 +36,8 @@ class EnsembleSpeed:
     seeds: int = 10
     epochs: int = 2
     """With noise; one without follows."""
-    examples: int = 1024
-    rounds: int = 5
+    examples: int = 4096
+    rounds: int = 3
     device: str = "auto"
     threads: int = 1
     """Of the CPU."""

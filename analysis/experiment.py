@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pyro_bmrs as bmrs
 from analysis.data import Split, digits, load
 from analysis.dense import accuracy, train_dense
+from analysis.rank_correlation import spearman
 from analysis.recipes import METHODS, RunConfig, criterion
 from analysis.run import compare, evaluate
 from models import lenet5, lenet5_caffe, mlp
@@ -201,7 +202,7 @@ def _post_training(
         "history": _in_short(trained.history),
         "curve": {key: [_rounded(record[key]) for record in result.history] for key in keys},
         "stop_level": None if line is None else _rounded(line),
-        "rank_correlation": {"methods": list(scores), "spearman": _spearman(list(scores.values()))},
+        "rank_correlation": {"methods": list(scores), "spearman": _matrix(spearman(torch.stack([*scores.values()])))},
     }
 
 
@@ -295,10 +296,8 @@ def _scores(
     return scores
 
 
-def _spearman(scores: list[Tensor]) -> list[list[float]]:
-    """Return the rank correlation of each two orderings."""
-    ranks = torch.stack([score.double().argsort().argsort().double() for score in scores])
-    return [[_rounded(value) for value in row] for row in torch.corrcoef(ranks).tolist()]
+def _matrix(values: Tensor) -> list[list[float]]:
+    return [[_rounded(value) for value in row] for row in values.tolist()]
 
 
 def _shared(config: RunConfig) -> RunConfig:
