@@ -167,6 +167,8 @@ def fit(
         "precision": fabric.strategy.precision.precision,
         "seed": seed,
     }
+    if resume and folder is None:
+        raise ValueError("resume=True needs the folder whose checkpoint to go on from")
     if compile and isinstance(pruning, Continuous) and pruning.shrink:
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
     path = None if folder is None else _checkpoint_path(Path(folder), resume)

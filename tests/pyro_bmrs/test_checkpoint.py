@@ -111,6 +111,11 @@ def test_resuming_a_finished_fit_does_nothing(tmp_path):
     assert (tmp_path / FILE).stat().st_mtime_ns == written
 
 
+def test_resuming_needs_a_folder():
+    with pytest.raises(ValueError, match="needs the folder whose checkpoint"):
+        bmrs.fit(*small_classifier(), blobs(), resume=True, **QUICK)
+
+
 def test_a_checkpoint_is_never_overwritten_by_another_fit(tmp_path):
     x, y = blobs()
     bmrs.fit(*small_classifier(), (x, y), folder=tmp_path, **QUICK)
