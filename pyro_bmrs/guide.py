@@ -53,7 +53,7 @@ class FlatGuide(PyroModule):
         self.sizes: dict[str, int] = model.sizes
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too
         self._prior_groups = self._group_priors()
-        weights = [torch.full((layer.size,), layer.kl_weight) for layer in model.noise.values()]
+        weights = [torch.full_like(layer.keep, layer.kl_weight, dtype=torch.float32) for layer in model.noise.values()]
         self.register_buffer("_kl_weights", torch.cat(weights), persistent=False)
 
     @abstractmethod
