@@ -75,6 +75,7 @@ def main(config: Overhead) -> dict[str, Any]:
         reports = [_in_a_process(replace(config, threads=(each,))) for each in threads]
         report = {**reports[0], "results": [result for each in reports for result in each["results"]]}
     report = json.loads(json.dumps(report))  # as whoever reads the file will see it
+    report["config"] |= {"threads": list(config.threads), "output": str(config.output)}
     report["command"] = f"python -m analysis.overhead {' '.join(sys.argv[1:])}".strip()
     config.output.mkdir(parents=True, exist_ok=True)
     write_json(config.output / "overhead.json", report)
