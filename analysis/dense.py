@@ -13,7 +13,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_bmrs.callbacks import Callbacks, JSONLines
-from pyro_bmrs.checkpoint import State, read_checkpoint, write_checkpoint
+from pyro_bmrs.checkpoint import State, optimizer_tensors, read_checkpoint, restore_optimizer, write_checkpoint
 from pyro_bmrs.data import to_input
 from pyro_bmrs.modes import evaluating
 
@@ -110,24 +110,18 @@ class _Training:
     def state(self) -> State:
         """Return all that a resumed training needs to know."""
         tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
-        for i, parameter in enumerate(self.net.parameters()):
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{i}.{name}"] = value
+        tensors |= {**optimizer_tensors(self.optimizer), "order": self.order.get_state()}
         schedule = None if self.schedule is None else self.schedule.state_dict()
         lr = self.optimizer.param_groups[0]["lr"]
         info = {"history": self.history, "schedule": schedule, "lr": lr}
-        return State({**tensors, "order": self.order.get_state()}, info)
+        return State(tensors, info)
 
     def restore(self, state: State) -> None:
         """Take up what ``state`` returned."""
         prefix = "net."
         weights = {name[len(prefix) :]: value for name, value in state.tensors.items() if name.startswith(prefix)}
         self.net.load_state_dict(weights)
-        for i, parameter in enumerate(self.net.parameters()):
-            self.optimizer.state[parameter] = {
-                name: state.tensors[f"optimizer.{i}.{name}"].to(parameter.device)
-                for name in ("step", "exp_avg", "exp_avg_sq")
-            }
+        restore_optimizer(self.optimizer, state.tensors)
         if self.schedule is not None:
             self.schedule.load_state_dict(state.info["schedule"])
         self.optimizer.param_groups[0]["lr"] = state.info["lr"]

@@ -65,7 +65,9 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
         sessions = _note_session(config, execution)
         split = _on_device(_load(config, execution), resolve_device(execution.device))
         torch.manual_seed(config.seed)
-        net = _build(config, split.train[0])
+        net: Any = _build(config, split.train[0])
+        # On a CPU convolutions of few channels take up to 1.5 times as long in the other layout.
+        net.to(memory_format=torch.channels_last)
         if config.method == "none":
             results = _dense(config, execution, net, split, folder)
         elif config.pruning == "continuous":

@@ -70,6 +70,8 @@ def lenet5_caffe(in_channels: int = 1, classes: int = 10) -> nn.Sequential:
 
 def _convolution(i: int, in_channels: int, filters: int, noise_before_pool: bool = False) -> dict[str, nn.Module]:
     """Return the layers of convolution ``i``, its noise on either side of the pooling."""
-    noise, pool = {f"conv{i}_noise": MultiplicativeNoise(filters)}, {f"conv{i}_pool": nn.MaxPool2d(2)}
-    layers = {f"conv{i}": nn.Conv2d(in_channels, filters, 5), f"conv{i}_activation": nn.ReLU()}
-    return {**layers, **noise, **pool} if noise_before_pool else {**layers, **pool, **noise}
+    names = (f"conv{i}", f"conv{i}_activation", f"conv{i}_noise", f"conv{i}_pool")
+    modules = (nn.Conv2d(in_channels, filters, 5), nn.ReLU(), MultiplicativeNoise(filters), nn.MaxPool2d(2))
+    # A maximum commutes with ReLU, which has a quarter of the work behind it.
+    order = (0, 1, 2, 3) if noise_before_pool else (0, 3, 1, 2)
+    return {names[k]: modules[k] for k in order}

@@ -11,13 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pyro_bmrs.io import AtomicFile
 
-__all__ = ["State", "join", "part", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "State",
+    "join",
+    "optimizer_tensors",
+    "part",
+    "read_checkpoint",
+    "restore_optimizer",
+    "write_checkpoint",
+]
 
 _FORMAT = "pyro-bmrs-checkpoint/1"
 
@@ -46,6 +56,36 @@ def part(state: State, name: str) -> State:
     prefix = f"{name}/"
     tensors = {key.removeprefix(prefix): tensor for key, tensor in state.tensors.items() if key.startswith(prefix)}
     return State(tensors, state.info[name])
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser remembers, named after the positions of its parameters."""
+    remembered = (optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
+    return {f"optimizer.{i}.{name}": value for i, each in enumerate(remembered) for name, value in each.items()}
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimiser back what ``optimizer_tensors`` returned, where its parameters are and laid out like them.
+
+    Layout matters: fused optimisers walk through memory.
+    """
+    memory: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, position, name = key.split(".")
+            memory.setdefault(int(position), {})[name] = value
+    for i, parameter in enumerate(_parameters(optimizer)):
+        if i in memory:
+            optimizer.state[parameter] = {
+                name: torch.empty_like(parameter).copy_(value)
+                if value.dim() and value.shape == parameter.shape
+                else value.to(parameter.device)
+                for name, value in memory[i].items()
+            }
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def write_checkpoint(path: Path, state: State) -> None:

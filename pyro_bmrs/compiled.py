@@ -165,7 +165,9 @@ def _accumulate(parameter: Tensor, gradient: Tensor | None) -> None:
     if gradient is None:
         return
     if parameter.grad is None:
-        parameter.grad = gradient
+        # A fused optimiser walks through memory, where another layout would be other elements.
+        same = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
     else:
         parameter.grad.add_(gradient)
 

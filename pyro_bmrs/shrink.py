@@ -13,7 +13,7 @@ from pyro_bmrs.guide import FlatGuide
 from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.noise import MultiplicativeNoise, noise_layers
 from pyro_bmrs.structures import Axis, find_structures, replace_module
-from pyro_bmrs.surgery import check_equal, keep_positions, received_inputs
+from pyro_bmrs.surgery import check_equal, keep_positions, received_inputs, take
 
 __all__ = ["shrink"]
 
@@ -205,7 +205,7 @@ def _keep_memory(optimizer: Optimizer, parameters: Iterable[nn.Parameter], dim: 
             memory: dict[str, Any] = optimizer.state[parameter]
             for name, value in memory.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    memory[name] = value.index_select(dim, kept.to(value.device))
+                    memory[name] = take(value, dim, kept)
 
 
 def _check_state(optimizer: Optimizer) -> None:

@@ -13,7 +13,7 @@ from pyro_bmrs.model import NoisyNetwork
 from pyro_bmrs.prediction import check_masks
 from pyro_bmrs.structures import ChannelGather, ChannelScale, Structures, find_structures, replace_module, scaled_copy
 
-__all__ = ["check_equal", "compact", "keep_positions", "received_inputs"]
+__all__ = ["check_equal", "compact", "keep_positions", "received_inputs", "take"]
 
 _TOLERANCE = 1e-4  # relative; the surgery is exact, so anything above rounding is a fault
 
@@ -146,14 +146,22 @@ def keep_positions(layer: nn.Module, side: str, kept: Tensor) -> None:
     dim = 1 if side == "in" else 0
     for parameter in layer.parameters(recurse=False):
         if parameter.dim() > dim:
-            parameter.data = parameter.data.index_select(dim, kept.to(parameter.device))
+            parameter.data = take(parameter.data, dim, kept)
             parameter.grad = None
     for name, buffer in list(layer.named_buffers(recurse=False)):
         if buffer.dim() > dim:
-            setattr(layer, name, buffer.index_select(dim, kept.to(buffer.device)))
+            setattr(layer, name, take(buffer, dim, kept))
     for attribute in _SIZES[side]:
         if hasattr(layer, attribute):
             setattr(layer, attribute, len(kept))
+
+
+def take(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """Return the kept positions of one dimension in the tensor's memory layout, channels last for instance."""
+    selected = tensor.index_select(dim, kept.to(tensor.device))
+    outer_to_inner = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    kind: Any = {"dtype": tensor.dtype, "device": tensor.device}
+    return torch.empty_permuted(selected.shape, outer_to_inner, **kind).copy_(selected)
 
 
 def check_equal(found: Tensor, expected: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
-from pyro_bmrs.checkpoint import State
+from pyro_bmrs.checkpoint import State, optimizer_tensors, restore_optimizer
 from pyro_bmrs.data import to_input
 from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
@@ -80,10 +80,7 @@ class Trainer:
 
     def state(self) -> State:
         """Return all that a resumed fit needs to know: optimiser, step, data order and random state."""
-        tensors, info = {}, {"step": self.step}
-        for i, parameter in enumerate(self._parameters()):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{i}.{name}"] = value
+        tensors, info = optimizer_tensors(self.optimizer), {"step": self.step}
         tensors["order"] = self.order.get_state()
         tensors["random"] = self._of_all_processes(torch.get_rng_state())
         if self.fabric.device.type == "cuda":
@@ -93,15 +90,7 @@ class Trainer:
     def restore(self, state: State) -> None:
         """Take up what ``state`` returned; parameters must have their shapes already."""
         self.step = state.info["step"]
-        for i, parameter in enumerate(self._parameters()):
-            names = [name for name in state.tensors if name.startswith(f"optimizer.{i}.")]
-            values = {name.rpartition(".")[2]: state.tensors[name] for name in names}
-            on_device = self.fabric.device.type == "cuda"  # fused Adam counts steps where the parameters are
-            if values:
-                self.optimizer.state[parameter] = {
-                    name: value.to(parameter.device) if on_device or value.dim() else value
-                    for name, value in values.items()
-                }
+        restore_optimizer(self.optimizer, state.tensors)
         self.order.set_state(state.tensors["order"].cpu())
         rank = self.fabric.global_rank
         torch.set_rng_state(state.tensors["random"][rank].cpu())
@@ -119,9 +108,6 @@ class Trainer:
         rates = [torch.tensor(rate, device=self.fabric.device) if captured else rate for rate in self._rates()]
         groups = [{"params": weights, "lr": rates[0]}, {"params": list(self.guide.parameters()), "lr": rates[1]}]
         return torch.optim.Adam(groups, fused=True, capturable=captured)
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _rates(self) -> tuple[float, float]:
         return self.rates.learning_rates(self.step / self.steps_per_epoch)
