@@ -12,10 +12,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import pyro_bmrs as bmrs
+from analysis.config import METHODS, PEERS, RunConfig
 from analysis.data import Split, digits, load
 from analysis.dense import accuracy, train_dense
+from analysis.peer_runs import execute_peer
 from analysis.rank_correlation import spearman
-from analysis.recipes import METHODS, RunConfig, criterion
+from analysis.recipes import criterion
 from analysis.run import compare, evaluate
 from models import lenet5, lenet5_caffe, mlp
 from pyro_bmrs.data import to_input
@@ -70,6 +72,8 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
         net.to(memory_format=torch.channels_last)
         if config.method == "none":
             results = _dense(config, execution, net, split, folder)
+        elif config.method in PEERS:
+            results = execute_peer(config, net, split)
         elif config.pruning == "continuous":
             results = _continuous(config, execution, net, split, folder)
         else:

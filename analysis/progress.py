@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from analysis.config import PEERS, RunConfig
 from analysis.experiment import Execution, epochs_done, epochs_planned, is_running
-from analysis.recipes import RunConfig
 
 __all__ = ["Progress", "seconds_left"]
 
@@ -41,7 +41,8 @@ def seconds_left(left: Mapping[RunConfig, int], finished: Iterable[_Finished], j
 
 
 def _kind(config: RunConfig) -> tuple[str, ...]:
-    return (config.dataset, config.network, config.recipe, "dense" if config.method == "none" else "noisy")
+    training = config.method if config.method in ("none", *PEERS) else "noisy"
+    return (config.dataset, config.network, config.recipe, training)
 
 
 def _mean(values: Sequence[float]) -> float:

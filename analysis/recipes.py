@@ -1,106 +1,19 @@
-"""What a run of the study is, down to the last setting, and the recipes that fill the settings in.
+"""The recipes that fill in the settings of a run, and the criterion that they come to.
 
 A recipe is nothing but values of options that the library has for everyone; ``analysis.experiment`` knows of none.
 """
 
-import hashlib
-import json
 import math
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from analysis.config import METHODS, PEERS, RecipeName, RunConfig
 from pyro_bmrs import BMRS_N, BMRS_U, SNR, Criterion, GradientWeightNorm, PosteriorMean, WeightNorm, bmrs_n_reference
 
-__all__ = ["METHODS", "DatasetName", "NetworkName", "RecipeName", "RunConfig", "criterion", "make_config"]
+__all__ = ["criterion", "dense_of", "make_config"]
 
-DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "digits"]
-NetworkName = Literal["mlp", "mlp_inputs", "lenet5", "lenet5_caffe"]
-RecipeName = Literal["paper", "ours"]
-
-METHODS = ("none", "L2", "E[theta]", "SNR", "BMRS_N", "BMRS_U-8", "BMRS_U-4", "gradient")
 _EVIDENCE = re.compile(r"BMRS_N|BMRS_U-(\d+)")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All that decides what one run comes to; where and how fast it is executed does not belong here.
-
-    Attributes:
-        dataset: Its short name.
-        network: ``"mlp"``, ``"mlp_inputs"`` (noise on the network's inputs too), ``"lenet5"`` or ``"lenet5_caffe"``.
-        method: One of ``METHODS``, or ``"BMRS_U-p1"`` of any p1.
-        recipe: Name of the recipe that the settings below started from.
-        seed: Of initial weights, data order and noise.
-        epochs: Epochs with noise; of the dense network all.
-        fine_tune_epochs: Epochs at the posterior mean.
-        batch_size: Examples a step, at most.
-        lr: Initial learning rate of the weights.
-        posterior_lr: That of the posterior.
-        decay: Whether both fall along a cosine.
-        kl_weight: A number, or ``"reference"`` for ``reference_kl_weights``.
-        kl_warmup_epochs: Epochs over which the KL's weight rises.
-        granularity: How often noise is drawn.
-        pruning: ``"continuous"`` or ``"post-training"``.
-        prune_from: First epoch after which to prune continuously.
-        prune_until: Last one.
-        prior_log_odds: Of the evidence criterion, or of that whose compression is matched; 0 where there is none.
-        p2: Of BMRS_U, also where others are compared with it; None reaches down to the prior's bound.
-        hidden: Width of an MLP's hidden layers; 0 for other networks.
-        layers: Number of them; 0 for other networks.
-        image_size: Height and width of the images.
-        noise_before_pool: Where filters' noise stands, see ``models.lenet5``.
-    """
-
-    dataset: str
-    network: str
-    method: str
-    recipe: str
-    seed: int
-    epochs: int
-    fine_tune_epochs: int
-    batch_size: int
-    lr: float
-    posterior_lr: float
-    decay: bool
-    kl_weight: float | str
-    kl_warmup_epochs: int
-    granularity: Literal["example", "batch", "element"]
-    pruning: Literal["continuous", "post-training"]
-    prune_from: int
-    prune_until: int
-    prior_log_odds: float
-    p2: float | None
-    hidden: int
-    layers: int
-    image_size: int
-    noise_before_pool: bool
-
-    def __post_init__(self) -> None:
-        for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids
-            value = getattr(self, field.name)
-            if type(value) is int and (field.type is float or float in get_args(field.type)):
-                object.__setattr__(self, field.name, float(value))
-
-    @property
-    def id(self) -> str:
-        """Twelve hexadecimal digits that name the configuration, the same in every process and version of Python.
-
-        A field that has a default and still has that value is left out, so that one added later changes no id.
-        """
-        content = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.default is MISSING or getattr(self, field.name) != field.default
-        }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def label(self) -> str:
-        """What a person calls the run."""
-        weight = "" if isinstance(self.kl_weight, str) or self.method == "none" else f" kl {self.kl_weight:g}"
-        return f"{self.dataset} {self.network} {self.method} {self.recipe}{weight} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -171,8 +84,8 @@ def make_config(
     Args:
         dataset: Short name of the data set.
         network: Name of the network.
-        method: One of ``METHODS``, or ``"BMRS_U-p1"``.
-        recipe: ``"paper"`` or ``"ours"``.
+        method: One of ``METHODS``, or ``"BMRS_U-p1"``; with the recipe ``"peers"`` one of ``PEERS``.
+        recipe: ``"paper"``, ``"ours"``, or ``"peers"``: as long a training as ours, without noise.
         seed: Of the run.
         pruning: When to remove.
         epochs: Epochs in which structures are removed; by default the recipe's.
@@ -182,11 +95,12 @@ def make_config(
         changes: Any other field of ``RunConfig``.
 
     Raises:
-        ValueError: If there is no such method or recipe, or no setting for this network on this data set.
+        ValueError: If there is no such method or recipe, the one is not for the other, or there is no setting for this
+            network on this data set.
     """
-    _check_method(method)
     if recipe not in get_args(RecipeName):
         raise ValueError(f"there is no recipe {recipe!r}; choose one of {', '.join(get_args(RecipeName))}")
+    _check_method(method, recipe)
     family = network.removesuffix("_inputs")
     if (family, dataset) not in _SETTINGS:
         raise ValueError(f"there is no setting for the network {network!r} on {dataset!r}; there are {_pairs()}")
@@ -214,7 +128,12 @@ def make_config(
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
     settings = {**common, **specific, **changes}
-    return RunConfig(**(_without_noise(settings) if method == "none" else settings))
+    return RunConfig(**(_without_noise(settings) if method == "none" or recipe == "peers" else settings))
+
+
+def dense_of(config: RunConfig) -> RunConfig:
+    """Return the configuration of the dense network of the same recipe, trained as long with the same seed."""
+    return RunConfig(**_without_noise({**asdict(config), "method": "none"}))
 
 
 def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int, lr: float) -> dict[str, Any]:
@@ -255,7 +174,7 @@ def _ours(method: str, epochs: int, fine_tune_epochs: int, lr: float) -> dict[st
 
 
 def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a dense network, the same one whatever those of the noise would have been."""
+    """Return the settings of a network without noise, the same whatever those of the noise would have been."""
     return {
         **settings,
         "epochs": settings["epochs"] + settings["fine_tune_epochs"],
@@ -274,10 +193,10 @@ def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def criterion(config: RunConfig) -> Criterion | None:
-    """Return the criterion that a configuration names; None for the dense network."""
+    """Return the criterion that a configuration names; None for the dense network and for peers."""
     matched = BMRS_N(prior_log_odds=config.prior_log_odds)
     fixed: dict[str, Criterion | None] = {
-        "none": None,
+        **dict.fromkeys(("none", *PEERS)),
         "L2": WeightNorm(match=matched),
         "gradient": GradientWeightNorm(match=matched),
         "E[theta]": PosteriorMean(0.1),
@@ -289,9 +208,11 @@ def criterion(config: RunConfig) -> Criterion | None:
     return BMRS_U(_p1(config.method), config.p2, prior_log_odds=config.prior_log_odds)
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS and not _EVIDENCE.fullmatch(method):
+def _check_method(method: str, recipe: str) -> None:
+    if method not in (*METHODS, *PEERS) and not _EVIDENCE.fullmatch(method):
         raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}, or BMRS_U-p1 of any p1")
+    if (method in PEERS) != (recipe == "peers"):
+        raise ValueError(f"{method!r} does not go with the recipe {recipe!r}; that of peers is of {', '.join(PEERS)}")
 
 
 def _p1(method: str) -> int:

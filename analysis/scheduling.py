@@ -10,8 +10,8 @@ from typing import Any
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from analysis.config import RunConfig
 from analysis.experiment import Execution, execute
-from analysis.recipes import RunConfig
 
 __all__ = ["Outcome", "attempt", "connect", "count_workers", "on_dask", "on_this_machine"]
 

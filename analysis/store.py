@@ -1,12 +1,11 @@
 """Results of the study on disk: one compact JSON file a run, named by its configuration's id."""
 
 import json
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis.recipes import RunConfig
+from analysis.config import RunConfig
 from pyro_bmrs.io import write_json
 
 __all__ = ["Store"]
@@ -60,7 +59,7 @@ class Store:
     def _write(self, path: Path, config: RunConfig, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(path, {"id": config.id, "config": asdict(config), **content, "date": date}, indent=None)
+        write_json(path, {"id": config.id, "config": config.settings, **content, "date": date}, indent=None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,15 +9,17 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import joblib
 import tyro
 
+from analysis.config import METHODS, PEERS, DatasetName, NetworkName, RecipeName, RunConfig
 from analysis.experiment import Execution
 from analysis.hub import image_set, locate
+from analysis.peer_runs import peers_beside
 from analysis.progress import Progress
-from analysis.recipes import METHODS, DatasetName, NetworkName, RecipeName, RunConfig, make_config
+from analysis.recipes import make_config
 from analysis.scheduling import connect, count_workers, on_dask, on_this_machine
 from analysis.store import Store
 from analysis.tables import write_tables
@@ -58,6 +60,8 @@ GRIDS = {
         ("mnist", "cifar10"), ("mlp", "lenet5"), tuple(f"BMRS_U-{p1}" for p1 in range(22, 0, -1)), recipes=("paper",)
     ),
     "caffe": Grid(("mnist",), ("lenet5_caffe",), ("none", "BMRS_N"), recipes=("ours",)),
+    # Of what BMRS_N has been run on by our recipe.
+    "peers": Grid(get_args(DatasetName), ("mlp", "lenet5"), PEERS, recipes=("peers",)),
 }
 
 
@@ -65,19 +69,21 @@ GRIDS = {
 class Study:
     """Run a grid of the study, skipping what is done, or render the tables of what was found."""
 
-    grid: Literal["smoke", "table1", "curves", "precision", "caffe"] = "smoke"
-    """A named grid, of which every axis can be replaced by the options below."""
+    grid: Literal["smoke", "table1", "curves", "precision", "caffe", "peers"] = "smoke"
+    """A named grid, of which every axis can be replaced by the options below; peers need results of BMRS_N by our
+    recipe for every seed, to whose mean compression they prune."""
     datasets: tuple[DatasetName, ...] = ()
     """By default the grid's, fashion_mnist only if its files are in the data folder."""
     networks: tuple[NetworkName, ...] = ()
     """mlp_inputs is the MLP with noise on its inputs too."""
     methods: tuple[str, ...] = ()
-    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient."""
+    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient. Of the grid peers: tp_magnitude,
+    tp_taylor, tp_group_norm, scratch."""
     seeds: tuple[int, ...] = ()
     recipes: Annotated[tuple[RecipeName, ...], tyro.conf.arg(aliases=["--recipe"])] = ()
-    """paper: what its reference implementation does; ours: the library's defaults."""
+    """paper: what its reference implementation does; ours: the library's defaults; peers: only of the grid peers."""
     kl_weight: tuple[float, ...] = ()
-    """Instead of the recipe's; several make an axis."""
+    """Instead of the recipe's; several make an axis. Of peers: those of the runs beside which they are."""
     epochs: int | None = None
     """In which structures are removed, instead of the recipe's."""
     fine_tune_epochs: int | None = None
@@ -87,6 +93,8 @@ class Study:
     posterior_lr: float | None = None
     prior_log_odds: float | None = None
     pruning: Pruning | None = None
+    ranking: Literal["layer", "network"] = "layer"
+    """Of torch-pruning's peers: the same fraction of every layer goes, or all structures are ranked together."""
     jobs: int = 1
     """Runs side by side, in processes of this machine."""
     threads: int = 0
@@ -139,14 +147,15 @@ def configurations(study: Study) -> list[RunConfig]:
     grid = GRIDS[study.grid]
     names = ("epochs", "fine_tune_epochs", "batch_size", "lr", "posterior_lr", "prior_log_odds", "pruning")
     given = {name: getattr(study, name) for name in names if getattr(study, name) is not None}
-    axes = product(
-        study.seeds or grid.seeds,
-        study.methods or grid.methods,
-        study.recipes or grid.recipes,
-        study.kl_weight or (None,),
-        study.datasets or tuple(name for name in grid.datasets if _is_at_hand(name, study.data_dir)),
-        study.networks or grid.networks,
-    )
+    datasets = study.datasets or tuple(name for name in grid.datasets if _is_at_hand(name, study.data_dir))
+    networks, methods = study.networks or grid.networks, study.methods or grid.methods
+    seeds, recipes = study.seeds or grid.seeds, study.recipes or grid.recipes
+    if any((recipe == "peers") != (study.grid == "peers") for recipe in recipes):
+        raise ValueError("the recipe peers is that of the grid peers, and of no other")
+    if study.grid == "peers":
+        results = Store(study.results / "runs").read_all()
+        return peers_beside(results, datasets, networks, methods, seeds, study.kl_weight, study.ranking, **given)
+    axes = product(seeds, methods, recipes, study.kl_weight or (None,), datasets, networks)
     return list(
         dict.fromkeys(
             make_config(dataset, network, method, recipe, seed, kl_weight=kl_weight, **{**grid.changes, **given})

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
-from analysis.recipes import METHODS, RunConfig, make_config
+from analysis.config import METHODS, PEERS, RecipeName, RunConfig
+from analysis.recipes import make_config
 from analysis.store import Store
 
 __all__ = ["Table", "Tables", "latex", "main", "markdown", "tabulate", "write_tables"]
@@ -32,7 +33,8 @@ _LEGEND = (
     "Runs were on a CPU, with † on a GPU, with ‡ on both. The paper's are of 10 seeds."
 )
 
-_FOLLOW = ("kl_warmup_epochs", "prune_from", "prune_until")  # from the number of epochs
+# What rows do not name: settings that follow from the number of epochs, and those that are a seed's own.
+_UNNAMED = ("kl_warmup_epochs", "prune_from", "prune_until", "widths")
 
 Result = dict[str, Any]
 Point = tuple[float, float]  # parameters removed and test accuracy, in %
@@ -92,15 +94,17 @@ def _table(network: str, pruning: str, results: Sequence[Result], paper: Mapping
     return Table(title, head, rows)
 
 
-def _rank(recipe: str, method: str, changes: str) -> tuple[bool, int, str, str]:
-    return recipe == "ours", METHODS.index(method) if method in METHODS else len(METHODS), method, changes
+def _rank(recipe: str, method: str, changes: str) -> tuple[int, int, str, str]:
+    methods = (*METHODS, *PEERS)
+    place = methods.index(method) if method in methods else len(methods)
+    return get_args(RecipeName).index(recipe), place, method, changes
 
 
 def _changes(config: RunConfig) -> str:
     """Return the settings in which a run differs from its recipe."""
     names = (config.dataset, config.network, config.method, config.recipe)
     default = make_config(*names, config.seed, pruning=config.pruning)
-    own = [field.name for field in fields(config) if field.name not in _FOLLOW]
+    own = [field.name for field in fields(config) if field.name not in _UNNAMED]
     changed = [name for name in own if getattr(config, name) != getattr(default, name)]
     return ", ".join(f"{name} {_short(getattr(config, name))}" for name in changed)
 

@@ -11,13 +11,14 @@ import psutil
 import pytest
 import torch
 
-from analysis import experiment, scheduling
+from analysis import experiment, peer_runs, scheduling
+from analysis.config import METHODS, PEERS, RunConfig
 from analysis.data import Split, digits
-from analysis.experiment import Execution, execute, is_running, work_folder
+from analysis.experiment import Execution, epochs_done, epochs_planned, execute, is_running, work_folder
 from analysis.progress import Progress, format_seconds, seconds_left
-from analysis.recipes import METHODS, RunConfig, criterion, make_config
+from analysis.recipes import criterion, dense_of, make_config
 from analysis.store import Store
-from analysis.study import GRIDS, Study, _command, configurations, main
+from analysis.study import _RESULTS, GRIDS, Study, _command, configurations, main
 from pyro_bmrs import BMRS_U, WeightNorm, bmrs_n_reference
 from pyro_bmrs.callbacks import JSONLines
 
@@ -51,6 +52,42 @@ def test_ids_are_stable_and_distinct():
     assert replace(config, kl_weight=30) == replace(config, kl_weight=30.0)
     assert replace(config, kl_weight=30).id == config.id != replace(config, kl_weight=31).id
     assert RunConfig(**json.loads(json.dumps(asdict(config)))).id == config.id
+
+
+def test_results_of_former_versions_are_still_those_of_their_configurations():
+    kept = Store(_RESULTS / "runs").read_all()
+    assert len(kept) >= 2
+    assert all(RunConfig(**results["config"]).id == results["id"] for results in kept)
+
+
+def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
+    ours = make_config("mnist", "mlp", "BMRS_N", "ours", 0)
+    scratch = make_config("mnist", "mlp", "scratch", "peers", 0, budget=0.5, widths=(3, 2))
+    for config in (ours, scratch):
+        Store(tmp_path).write(config, {})
+        assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
+    assert set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"]) == {"budget", "ranking", "widths"}
+    assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
+    assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
+
+
+def test_peers_train_as_long_as_ours_without_noise():
+    peer = make_config("mnist", "lenet5", "tp_taylor", "peers", 3, budget=0.9, ranking="network")
+    dense = make_config("mnist", "lenet5", "none", "ours", 3)
+    assert replace(peer, method="none", recipe="ours", budget=0.0, ranking="layer") == dense
+    assert (peer.epochs, peer.fine_tune_epochs, peer.decay, peer.batch_size, peer.lr) == (32, 0, True, 128, 1.4e-3)
+    assert peer.label == "mnist lenet5 tp_taylor peers budget 0.9 seed 3"
+    assert criterion(peer) is None
+    for method, recipe in (("tp_magnitude", "ours"), ("scratch", "paper"), ("BMRS_N", "peers"), ("none", "peers")):
+        with pytest.raises(ValueError, match=f"'{method}' does not go with the recipe '{recipe}'"):
+            make_config("mnist", "lenet5", method, recipe, 0)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "ours"])
+def test_the_dense_network_of_a_run_is_that_of_its_recipe(recipe):
+    for changes in ({}, {"epochs": 7, "lr": 0.1, "kl_weight": 3.0, "p2": 9.0}):
+        noisy, dense = (make_config("mnist", "lenet5", method, recipe, 1, **changes) for method in ("BMRS_N", "none"))
+        assert dense_of(noisy) == dense_of(dense) == dense
 
 
 def test_a_field_added_later_leaves_ids_as_they_are():
@@ -94,12 +131,133 @@ def test_axes_and_settings_can_be_replaced():
         configurations(Study(networks=("lenet5_caffe",), datasets=("cifar10",)))
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "peers"])
 def test_grids_are_of_runs_that_exist(grid, monkeypatch):
     monkeypatch.delenv("BMRS_DATA", raising=False)
     runs = configurations(Study(grid=grid))
     assert "fashion_mnist" not in {config.dataset for config in runs}
     assert all(criterion(config) is not None or config.method == "none" for config in runs)
+
+
+def beside(folder, **changes):
+    """The study of peers in the same folders."""
+    return study(folder, grid="peers", **{"methods": (), "recipes": (), "networks": (), **changes})
+
+
+def keep(folder, seed, compression, kept, dataset="digits", network="mlp", recipe="ours", **changes):
+    """Keep a result of BMRS_N, as far as peers look at it."""
+    config = make_config(dataset, network, "BMRS_N", recipe, seed, **{**TINY, **changes})
+    widths = {f"fc{i}_noise": width for i, width in enumerate(kept)}
+    store(folder).write(config, {**results_of(config), "compression": compression, "kept": widths})
+
+
+def test_peers_stand_beside_what_ours_came_to(tmp_path):
+    for seed, compression in ((0, 0.70003), (1, 0.75), (2, 0.8), (3, 0.1)):
+        keep(tmp_path, seed, compression, (9 + seed, 4), kl_weight=4.0)
+        keep(tmp_path, seed, compression, (9, 9), recipe="paper")
+        keep(tmp_path, seed, compression, (9, 9), pruning="post-training")
+        keep(tmp_path, seed, compression, (9, 9), network="mlp_inputs")
+        keep(tmp_path, seed, compression, (9, 9), posterior_lr=0.1)
+    for seed in (0, 1):  # and not 2
+        keep(tmp_path, seed, 0.5, (9, 9), network="lenet5")
+    peers = configurations(beside(tmp_path))
+    assert [config.method for config in peers] == [*PEERS] * 3
+    assert {(config.dataset, config.network, config.recipe) for config in peers} == {("digits", "mlp", "peers")}
+    assert {(config.budget, config.epochs, config.fine_tune_epochs, config.kl_weight) for config in peers} == {
+        (0.75, 3, 0, 1.0)
+    }
+    assert [config.widths for config in peers[3::4]] == [(9, 4), (10, 4), (11, 4)]
+    assert {config.widths for config in peers if config.method != "scratch"} == {()}
+    both = configurations(beside(tmp_path, seeds=(0, 1), methods=("tp_taylor", "scratch"), ranking="network"))
+    assert [(config.network, config.budget, config.seed, config.ranking) for config in both] == [
+        (network, budget, seed, ranking)
+        for seed in (0, 1)
+        for ranking in ("network", "layer")  # which from scratch has no part in
+        for network, budget in (("lenet5", 0.5), ("mlp", 0.725))
+    ]
+    assert configurations(beside(tmp_path, seeds=(0,), networks=("mlp",), datasets=("mnist", "digits"))) != []
+
+
+def test_peers_of_several_weights_of_the_kl_have_budgets_of_their_own(tmp_path):
+    for weight, compression in ((1.0, 0.5), (4.0, 0.75), (8.0, 0.75)):
+        keep(tmp_path, 0, compression, (9, int(weight)), kl_weight=weight)
+    peers = configurations(beside(tmp_path, seeds=(0,)))
+    assert [(config.method, config.budget) for config in peers[:2]] == [("tp_magnitude", 0.5), ("tp_magnitude", 0.75)]
+    assert len(peers) == 3 * 2 + 3  # two weights that come to one size have one peer, of other widths two
+    assert {config.budget for config in configurations(beside(tmp_path, seeds=(0,), kl_weight=(1.0,)))} == {0.5}
+
+
+def test_peers_of_nothing_are_refused_with_what_to_run_first(tmp_path):
+    keep(tmp_path, 0, 0.5, (9, 9))
+    for changes in ({}, {"seeds": (1,)}, {"seeds": (0,), "datasets": ("mnist",)}, {"seeds": (0,), "epochs": 5},
+                    {"seeds": (0,), "networks": ("lenet5",)}, {"seeds": (0,), "kl_weight": (9.0,)}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"first run .* --grid table1 --recipe ours --methods BMRS_N --seeds"):
+            main(beside(tmp_path, table=True, **changes))
+    with pytest.raises(ValueError, match="'SNR' does not go with the recipe 'peers'"):
+        configurations(beside(tmp_path, seeds=(0,), methods=("SNR",)))
+    for mixed in (beside(tmp_path, seeds=(0,), recipes=("ours",)), study(tmp_path, recipes=("ours", "peers"))):
+        with pytest.raises(ValueError, match="the recipe peers is that of the grid peers"):
+            configurations(mixed)
+
+
+@pytest.mark.parametrize(("network", "seeds"), [("mlp", (0, 1)), ("lenet5", (0,))])
+def test_peers_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
+    settings = {"networks": (network,), "seeds": seeds, "epochs": 4, "fine_tune_epochs": 0}
+    ours, peers = study(tmp_path, kl_weight=(4.0,), **settings), beside(tmp_path, **settings)
+    count = len(PEERS) * len(seeds)
+    assert main(ours)
+    assert main(peers)
+    assert f"{count} runs: 0 done, {count} to do" in capsys.readouterr().out
+    sources = [store(tmp_path).read(config) for config in configurations(ours)]
+    budget = configurations(peers)[0].budget
+    assert 0 < budget == pytest.approx(sum(source["compression"] for source in sources) / len(seeds), abs=1e-4)
+    for config in configurations(peers):
+        found = store(tmp_path).read(config)
+        assert RunConfig(**found["config"]) == config
+        if config.method == "scratch":
+            same = ("params_dense", "params_pruned", "flops_pruned", "compression")
+            assert [found[key] for key in same] == [sources[config.seed][key] for key in same]
+        else:
+            assert found["compression"] >= budget
+        assert found["accuracy_test"] > 0.2
+        assert found["history"]["accuracy_validation"] == [pytest.approx(found["accuracy_validation"], abs=1e-5)]
+        assert (found["epochs"], found["sessions"]) == (4, [0])
+        missing = {"accuracy_test_masked", "surgery_max_abs_error", "structures", "kept"}
+        assert set(sources[0]) - set(found) == missing
+    files = {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.iterdir()}
+    assert main(peers)
+    assert f"{count} runs: {count} done, 0 to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.iterdir()} == files
+    assert main(replace(peers, table=True))
+    printed = capsys.readouterr().out
+    for method in PEERS:
+        assert f"| peers | {method} (epochs 4, budget {budget:g}) | " in printed
+    assert printed.count(f"({len(seeds)}) |") == len(PEERS)
+
+
+def test_an_interrupted_peer_starts_again(tmp_path, monkeypatch):
+    keep(tmp_path, 0, 0.5, (20, 20, 20))
+    peers = beside(tmp_path, seeds=(0,), methods=("tp_taylor",))
+    (config,) = configurations(peers)
+    with monkeypatch.context() as patched:
+        patched.setattr(peer_runs, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(peers)
+    execution = Execution(tmp_path / "work")
+    assert (epochs_done(config, execution), epochs_planned(config)) == (0, 3)
+    assert store(tmp_path).state(config) == "pending"
+    assert main(peers)
+    again = execute(config, Execution(tmp_path / "again", device="cpu"))
+    found = store(tmp_path).read(config)
+    assert found["sessions"] == [0, 0]
+    assert {key: found[key] for key in without_times(again)} == without_times(again)
+
+
+def test_a_network_from_scratch_has_a_width_for_each_layer(tmp_path):
+    keep(tmp_path, 0, 0.5, (20, 20))
+    assert not main(beside(tmp_path, seeds=(0,), methods=("scratch",)))  # the MLP has three
+    (config,) = configurations(beside(tmp_path, seeds=(0,), methods=("scratch",)))
+    assert "shorter" in store(tmp_path).read_error(config)["error"]
 
 
 def test_what_is_done_is_skipped_and_what_failed_retried_on_request(tmp_path, monkeypatch, capsys):
@@ -301,6 +459,9 @@ def test_the_time_left_is_estimated_from_like_runs():
     assert seconds_left({slow: 10, fast: 5}, finished, 1) == 105
     assert seconds_left({slow: 10, fast: 5}, finished, 2) == 100  # a run is not divided
     assert seconds_left({replace(fast, dataset="mnist"): 10}, finished, 1) == 55
+    peer, scratch = (make_config("digits", "mlp", name, "peers", 0, epochs=10, fine_tune_epochs=0)
+                     for name in ("tp_taylor", "scratch"))  # fmt: skip
+    assert seconds_left({peer: 10, scratch: 10}, [(peer, 90.0), (scratch, 5.0)], 1) == 95
     assert [format_seconds(s) for s in (3.2, 200, 7300)] == ["3 s", "3 min", "2 h 2 min"]
 
 

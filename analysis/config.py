@@ -1,0 +1,109 @@
+"""What a run of the study is, down to the last setting."""
+
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args
+
+__all__ = ["METHODS", "PEERS", "DatasetName", "NetworkName", "RecipeName", "RunConfig"]
+
+DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "digits"]
+NetworkName = Literal["mlp", "mlp_inputs", "lenet5", "lenet5_caffe"]
+RecipeName = Literal["paper", "ours", "peers"]
+
+METHODS = ("none", "L2", "E[theta]", "SNR", "BMRS_N", "BMRS_U-8", "BMRS_U-4", "gradient")
+PEERS = ("tp_magnitude", "tp_taylor", "tp_group_norm", "scratch")  # of the recipe "peers", all of it
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides what one run comes to; where and how fast it is executed does not belong here.
+
+    Attributes:
+        dataset: Its short name.
+        network: ``"mlp"``, ``"mlp_inputs"`` (noise on the network's inputs too), ``"lenet5"`` or ``"lenet5_caffe"``.
+        method: One of ``METHODS``, or ``"BMRS_U-p1"`` of any p1, or one of ``PEERS``.
+        recipe: Name of the recipe that the settings below started from.
+        seed: Of initial weights, data order and noise.
+        epochs: Epochs with noise; of the dense network and of peers all.
+        fine_tune_epochs: Epochs at the posterior mean.
+        batch_size: Examples a step, at most.
+        lr: Initial learning rate of the weights.
+        posterior_lr: That of the posterior.
+        decay: Whether both fall along a cosine.
+        kl_weight: A number, or ``"reference"`` for ``reference_kl_weights``.
+        kl_warmup_epochs: Epochs over which the KL's weight rises.
+        granularity: How often noise is drawn.
+        pruning: ``"continuous"`` or ``"post-training"``.
+        prune_from: First epoch after which to prune continuously.
+        prune_until: Last one.
+        prior_log_odds: Of the evidence criterion, or of that whose compression is matched; 0 where there is none.
+        p2: Of BMRS_U, also where others are compared with it; None reaches down to the prior's bound.
+        hidden: Width of an MLP's hidden layers; 0 for other networks.
+        layers: Number of them; 0 for other networks.
+        image_size: Height and width of the images.
+        noise_before_pool: Where filters' noise stands, see ``models.lenet5``.
+        budget: Fraction of the parameters that a peer is to remove.
+        ranking: How it ranks structures, see ``analysis.peers.train_peer``.
+        widths: Structures at each noise layer, in their order, of the network that ``"scratch"`` trains.
+    """
+
+    dataset: str
+    network: str
+    method: str
+    recipe: str
+    seed: int
+    epochs: int
+    fine_tune_epochs: int
+    batch_size: int
+    lr: float
+    posterior_lr: float
+    decay: bool
+    kl_weight: float | str
+    kl_warmup_epochs: int
+    granularity: Literal["example", "batch", "element"]
+    pruning: Literal["continuous", "post-training"]
+    prune_from: int
+    prune_until: int
+    prior_log_odds: float
+    p2: float | None
+    hidden: int
+    layers: int
+    image_size: int
+    noise_before_pool: bool
+    budget: float = 0.0
+    ranking: Literal["layer", "network"] = "layer"
+    widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids
+            value = getattr(self, field.name)
+            if type(value) is int and (field.type is float or float in get_args(field.type)):
+                object.__setattr__(self, field.name, float(value))
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON has made a list of it
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields by name, without those that have a default and still have that value.
+
+        So one added later changes no id, and no results kept before it look different from those kept after.
+        """
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        }
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that name the configuration, the same in every process and version of Python."""
+        text = json.dumps(self.settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """What a person calls the run."""
+        detail = "" if isinstance(self.kl_weight, str) or self.method == "none" else f" kl {self.kl_weight:g}"
+        if self.recipe == "peers":
+            detail = f" budget {self.budget:g}"
+        return f"{self.dataset} {self.network} {self.method} {self.recipe}{detail} seed {self.seed}"

@@ -1,0 +1,112 @@
+"""Peers as runs of the study: which there are beside runs of ours, and how one is carried out."""
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from analysis.config import RunConfig
+from analysis.data import Split
+from analysis.peers import Importance, narrowed, train_from_scratch, train_peer
+from analysis.recipes import make_config
+from analysis.run import compare
+from pyro_bmrs.noise import noise_layers
+
+__all__ = ["execute_peer", "peers_beside"]
+
+_IMPORTANCES: dict[str, Importance] = {
+    "tp_magnitude": "magnitude",
+    "tp_taylor": "taylor",
+    "tp_group_norm": "group_norm",
+}
+
+Result = Mapping[str, Any]
+Cell = tuple[str, str, float | str]  # data set, network and the KL's weight
+
+
+def peers_beside(
+    results: Iterable[Result],
+    datasets: Sequence[str],
+    networks: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    kl_weights: Sequence[float],
+    ranking: Literal["layer", "network"],
+    **settings: Any,
+) -> list[RunConfig]:
+    """Return the runs of peers at the sizes that BMRS_N has come to by our recipe, seed by seed.
+
+    The budget is the mean compression over the seeds; the widths, of ``"scratch"``, are those of the same seed's run.
+
+    Args:
+        results: Of any runs.
+        datasets: Which to take.
+        networks: Likewise.
+        methods: Of ``PEERS``.
+        seeds: Of the peers. Where one of them is not among our runs, those of its data set, network and weight of the
+            KL do not count.
+        kl_weights: Of our runs; none for all that there are.
+        ranking: Of torch-pruning.
+        settings: Of our runs and of the peers, other than the recipe's; arguments of ``make_config``.
+
+    Raises:
+        ValueError: If none of our runs count.
+    """
+    cells: dict[Cell, dict[int, Result]] = {}
+    for result in results:
+        config = RunConfig(**result["config"])
+        if (config.recipe, config.method, config.pruning) != ("ours", "BMRS_N", "continuous"):
+            continue
+        if config.dataset not in datasets or config.network not in networks or config.seed not in seeds:
+            continue
+        weight = config.kl_weight
+        if kl_weights and weight not in kl_weights:
+            continue
+        cell = config.dataset, config.network, weight
+        if config == replace(make_config(*cell[:2], "BMRS_N", "ours", config.seed, **settings), kl_weight=weight):
+            cells.setdefault(cell, {})[config.seed] = result
+    complete = {cell: runs for cell, runs in sorted(cells.items(), key=str) if set(seeds) <= set(runs)}
+    if not complete:
+        asked = " ".join(map(str, seeds))
+        raise ValueError(
+            "peers prune to the size that BMRS_N comes to by our recipe, but there are no such results of all seeds "
+            f"{asked} with these settings: first run python -m analysis.study --grid table1 --recipe ours "
+            f"--methods BMRS_N --seeds {asked}"
+        )
+    found = []
+    for seed in seeds:
+        for method in methods:
+            for (dataset, network, _), runs in complete.items():
+                budget = round(statistics.fmean(runs[each]["compression"] for each in seeds), 4)
+                own: dict[str, Any] = {"ranking": ranking}
+                if method == "scratch":
+                    own = {"widths": tuple(runs[seed]["kept"].values())}
+                found.append(make_config(dataset, network, method, "peers", seed, budget=budget, **own, **settings))
+    return list(dict.fromkeys(found))
+
+
+def execute_peer(config: RunConfig, net: nn.Module, split: Split) -> dict[str, Any]:
+    """Carry out a run of a peer, which has no checkpoints, and return its results.
+
+    Args:
+        config: Of the run.
+        net: The dense network at its initial weights, on the CPU.
+        split: Data, on the device to train on.
+    """
+    device, started = split.train[0].device, time.perf_counter()
+    settings = (config.epochs, config.batch_size, config.lr, config.seed)
+    if config.method == "scratch":
+        kept = dict(zip((site.removesuffix(".theta") for site in noise_layers(net)), config.widths, strict=True))
+        small = narrowed(net, kept, split.train[0][:2].cpu())
+        peer = train_from_scratch(small.to(device), split.train, *settings)
+        net.to(device)
+    else:
+        importance = _IMPORTANCES[config.method]
+        peer = train_peer(net.to(device), split.train, importance, config.budget, *settings, ranking=config.ranking)
+    seconds = time.perf_counter() - started
+    results = compare(net, peer, split)
+    history = {key: [round(results[key], 5)] for key in ("compression", "accuracy_validation")}
+    return {**results, "seconds": seconds, "history": history}
