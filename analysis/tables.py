@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -11,10 +11,11 @@ from typing import Any, get_args
 import tyro
 
 from analysis.config import METHODS, PEERS, RecipeName, RunConfig
-from analysis.recipes import make_config
+from analysis.recipes import dense_of, make_config
 from analysis.store import Store
+from analysis.typeset import Table, latex, markdown
 
-__all__ = ["Table", "Tables", "latex", "main", "markdown", "tabulate", "write_tables"]
+__all__ = ["Tables", "main", "tabulate", "write_tables"]
 
 _PAPER = Path(__file__).parent / "paper_numbers.json"
 _RESULTS = Path(__file__).parent / "results" / "study"
@@ -30,7 +31,8 @@ _TITLES = {
 }
 _LEGEND = (
     "Parameters removed % / test accuracy %: mean ± standard deviation over seeds, whose number stands in brackets. "
-    "Runs were on a CPU, with † on a GPU, with ‡ on both. The paper's are of 10 seeds."
+    "Runs were on a CPU, with † on a GPU, with ‡ on both. The paper's are of 10 seeds. "
+    "Accuracy against none: points of test accuracy % that pruning costs or gains, here within pairs of one seed."
 )
 
 # What rows do not name: settings that follow from the number of epochs, and those that are a seed's own.
@@ -40,39 +42,49 @@ Result = dict[str, Any]
 Point = tuple[float, float]  # parameters removed and test accuracy, in %
 
 
-@dataclass(frozen=True)
-class Table:
-    """One network's table, as plain text.
-
-    Attributes:
-        title: What it is of.
-        head: Names of the columns.
-        rows: A cell for each.
-    """
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
 def tabulate(results: Iterable[Result]) -> list[Table]:
     """Return a table for each network and way of pruning: a row for each recipe and method, data sets side by side.
 
     Runs after training count at the level where their criterion stops; those of criteria that do not stop are left out.
+    Where there are dense networks too, a second table says what pruning while training has done to their accuracy:
+    where the data are not quite the paper's, its accuracies are comparable no other way.
     """
     paper = json.loads(_PAPER.read_text(encoding="utf-8"))["table1"]
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result["config"]["network"], result["config"]["pruning"]), []).append(result)
     networks = list(_TITLES)
-    order = sorted(groups, key=lambda group: (group[1], networks.index(group[0])))
-    # The published table is of pruning while training.
-    return [
-        _table(*group, groups[group], paper.get(group[0], {}) if group[1] == "continuous" else {}) for group in order
-    ]
+    tables = []
+    for network, pruning in sorted(groups, key=lambda group: (group[1], networks.index(group[0]))):
+        group, title = groups[network, pruning], _TITLES[network]
+        if pruning == "continuous":  # as the published table is
+            published = paper.get(network, {})
+            tables.append(_table(title, group, published, _measured, _published))
+            if differences := _against_dense(group):
+                tables.append(
+                    _table(f"{title}, accuracy against none", differences, published, _changed, _published_change)
+                )
+        else:
+            tables.append(_table(f"{title}, pruned after training", group, {}, _measured, _published))
+    return tables
 
 
-def _table(network: str, pruning: str, results: Sequence[Result], paper: Mapping[str, Any]) -> Table:
+def _table(
+    title: str,
+    results: Sequence[Result],
+    paper: Mapping[str, Any],
+    here: Callable[[Sequence[Result]], str],
+    there: Callable[[Mapping[str, Any], str], str],
+) -> Table:
+    """Return one table.
+
+    Args:
+        title: Its title.
+        results: Runs of one network.
+        paper: The network's published numbers, by data set and method.
+        here: Returns a cell of results of one row on one data set.
+        there: Returns that beside it of a data set's published numbers and a method.
+    """
     cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
     for result in results:
         config = RunConfig(**result["config"])
@@ -86,11 +98,10 @@ def _table(network: str, pruning: str, results: Sequence[Result], paper: Mapping
     for (recipe, method, changes), by_dataset in sorted(cells.items(), key=lambda item: _rank(*item[0])):
         line = [recipe, f"{method} ({changes})" if changes else method]
         for name in datasets:
-            line.append(_measured(by_dataset.get(name, [])))
+            line.append(here(by_dataset.get(name, [])))
             if name in paper:
-                line.append(_published(paper[name].get(method)))
+                line.append(there(paper[name], method))
         rows.append(line)
-    title = _TITLES[network] + ("" if pruning == "continuous" else ", pruned after training")
     return Table(title, head, rows)
 
 
@@ -134,56 +145,36 @@ def _point(result: Result) -> Point | None:
     return 100 * curve["compression"][i], 100 * curve["accuracy_test"][i]
 
 
-def _mean_and_sd(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
+def _mean_and_sd(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{statistics.fmean(values):{sign}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _published(numbers: Sequence[float | None] | None) -> str:
-    if numbers is None:
+def _published(numbers: Mapping[str, Any], method: str) -> str:
+    if method not in numbers:
         return ""
-    removed, removed_sd, accuracy, accuracy_sd = numbers
+    removed, removed_sd, accuracy, accuracy_sd = numbers[method]
     pairs = ((removed, removed_sd), (accuracy, accuracy_sd))
     return " / ".join(f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}" for mean, sd in pairs)
 
 
-def markdown(tables: Iterable[Table]) -> str:
-    """Return tables as Markdown."""
-    parts = []
-    for table in tables:
-        lines = [table.head, ["---"] * len(table.head), *table.rows]
-        parts.append("\n".join([f"**{table.title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines)]))
-    return "\n\n".join(parts)
+def _against_dense(results: Sequence[Result]) -> list[Result]:
+    """Return results of the paper's recipe and ours that have a dense network of their seed, with the difference."""
+    dense = {RunConfig(**result["config"]): result for result in results if result["config"]["method"] == "none"}
+    found = []
+    for result in results:
+        config = RunConfig(**result["config"])
+        if config.recipe != "peers" and config.method != "none" and (other := dense.get(dense_of(config))):
+            found.append({**result, "change": 100 * (result["accuracy_test"] - other["accuracy_test"])})
+    return found
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "_": r"\_",
-    "±": r"$\pm$",
-    "†": r"$^\dagger$",
-    "‡": r"$^\ddagger$",
-}
+def _changed(results: Sequence[Result]) -> str:
+    return f"{_mean_and_sd([result['change'] for result in results], '+')} ({len(results)})" if results else ""
 
 
-def latex(tables: Iterable[Table]) -> str:
-    """Return tables as LaTeX, for the package booktabs."""
-    parts = []
-    for table in tables:
-        lines = [f"% {table.title}", rf"\begin{{tabular}}{{ll{'r' * (len(table.head) - 2)}}}", r"\toprule"]
-        lines += [_latex_row(table.head), r"\midrule", *map(_latex_row, table.rows), r"\bottomrule", r"\end{tabular}"]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(_latex_text(cell) for cell in cells) + r" \\"
-
-
-def _latex_text(text: str) -> str:
-    escaped = "".join(_LATEX.get(character, character) for character in text)
-    return escaped.replace("E[theta]", r"$\mathrm{E}[\theta]$")
+def _published_change(numbers: Mapping[str, Any], method: str) -> str:
+    return f"{numbers[method][2] - numbers['none'][2]:+.2f}" if method in numbers else ""
 
 
 def write_tables(results: Sequence[Result], folder: Path, name: str) -> str:

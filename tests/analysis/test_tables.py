@@ -1,7 +1,9 @@
+import json
 from dataclasses import asdict
 
 from analysis.recipes import make_config
-from analysis.tables import latex, markdown, tabulate, write_tables
+from analysis.tables import tabulate, write_tables
+from analysis.typeset import latex, markdown
 
 
 def result(
@@ -20,7 +22,7 @@ def result(
 
 def test_means_and_deviations_stand_beside_the_papers():
     results = [result("BMRS_N", seed, 0.85 + 0.01 * seed, 0.95) for seed in range(3)]
-    results.append(result("none", 0, 0.0, 0.99, device="cuda: y"))
+    results.append(result("none", 3, 0.0, 0.99, device="cuda: y"))
     (table,) = tabulate(results)
     assert table.title == "LeNet-5"
     assert table.head == ["recipe", "method", "MNIST", "MNIST, paper"]
@@ -45,6 +47,49 @@ def test_other_settings_than_the_recipes_are_rows_of_their_own():
         ["BMRS_N (kl_weight 100)", "90.00 / 98.00 (1)"],
     ]
     assert [row[4] for row in table.rows] == ["80.00 / 70.00 (1)", ""]
+
+
+def peer(method, seed, budget, widths=(), **settings):
+    return result(method, seed, 0.9, 0.98, recipe="peers", budget=budget, widths=widths, **settings)
+
+
+def test_peers_are_rows_below_ours_by_their_budget():
+    results = [peer("scratch", seed, 0.9, (4, 3 + seed)) for seed in range(3)]
+    results += [peer("tp_taylor", 0, 0.8737), peer("tp_taylor", 0, 0.8737, ranking="network")]
+    results += [peer("tp_magnitude", 0, 0.8737), peer("tp_magnitude", 0, 0.5, dataset="cifar10")]
+    results += [result("SNR", 0, 0.9, 0.98, recipe=recipe) for recipe in ("ours", "paper")]
+    (table,) = tabulate(json.loads(json.dumps(results)))
+    assert [row[:3] for row in table.rows] == [
+        ["paper", "SNR", "90.00 / 98.00 (1)"],
+        ["ours", "SNR", "90.00 / 98.00 (1)"],
+        ["peers", "tp_magnitude (budget 0.5)", ""],
+        ["peers", "tp_magnitude (budget 0.8737)", "90.00 / 98.00 (1)"],
+        ["peers", "tp_taylor (budget 0.8737)", "90.00 / 98.00 (1)"],
+        ["peers", "tp_taylor (budget 0.8737, ranking network)", "90.00 / 98.00 (1)"],
+        ["peers", "scratch (budget 0.9)", "90.00 ± 0.00 / 98.00 ± 0.00 (3)"],
+    ]
+    assert [row[3] for row in table.rows[2:]] == [""] * 5
+    assert "scratch (budget 0.9)" in latex([table])
+
+
+def test_accuracies_are_compared_with_the_dense_networks_of_their_recipe_seed_and_length():
+    results = [result("none", seed, 0.0, 0.90 + 0.01 * seed, dataset="cifar10") for seed in range(3)]
+    results += [result("SNR", seed, 0.8, 0.88 + 0.02 * seed, dataset="cifar10") for seed in range(4)]
+    results += [result("gradient", 0, 0.8, 0.91, dataset="cifar10")]
+    results += [result("BMRS_N", 0, 0.8, 0.7, dataset="cifar10", recipe="ours", kl_weight=3.0)]
+    results += [result("none", 0, 0.0, 0.9, recipe="ours"), result("BMRS_N", 0, 0.8, 0.89, recipe="ours", kl_weight=3)]
+    results += [result("none", 0, 0.0, 0.5, recipe="ours", epochs=7), peer("tp_taylor", 0, 0.8)]
+    first, second = tabulate(results)
+    assert first.title == "LeNet-5"
+    assert second.title == "LeNet-5, accuracy against none"
+    assert second.head == first.head == ["recipe", "method", "MNIST", "MNIST, paper", "CIFAR-10", "CIFAR-10, paper"]
+    assert second.rows == [
+        ["paper", "SNR", "", "-36.37", "-1.00 ± 1.00 (3)", "+0.06"],
+        ["paper", "gradient", "", "", "+1.00 (1)", ""],
+        ["ours", "BMRS_N (kl_weight 3)", "-1.00 (1)", "-3.48", "", "-1.48"],
+    ]
+    assert "SNR &  & $-$36.37 & $-$1.00 $\\pm$ 1.00 (3) & +0.06" in latex([second])
+    assert "| SNR |  | -36.37 | -1.00 ± 1.00 (3) | +0.06 |" in markdown([second])
 
 
 def test_networks_and_ways_of_pruning_have_tables_of_their_own():
