@@ -63,10 +63,10 @@ def panels(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[M
 
 
 def seed_groups(results: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Return the results in groups that differ by nothing but their seed."""
+    """Return the results in groups that differ by nothing but their seed, and what is each seed's own."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        config = {name: value for name, value in result["config"].items() if name != "seed"}
+        config = {name: value for name, value in result["config"].items() if name not in ("seed", "widths")}
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
     return list(groups.values())
 
@@ -79,16 +79,17 @@ def summarise(group: Results) -> Point:
 
 
 def _panel(ax: Axes, results: Results, known: Mapping[str, Point]) -> None:
-    lines: dict[tuple[str, str], list[Point]] = {}
+    lines: dict[tuple[str, str, str], list[Point]] = {}
     for group in seed_groups(results):
         config = group[0]["config"]
-        lines.setdefault((config["method"], config.get("recipe", "")), []).append(summarise(group))
+        key = config["method"], config.get("recipe", ""), config.get("ranking", "layer")
+        lines.setdefault(key, []).append(summarise(group))
     points = [*known.values(), *(point for line in lines.values() for point in line)]
     _scales(ax, points)
     half = max(point.accuracy for point in points) / 2
     for method, point in known.items():
         _draw(ax, [point], half, METHODS[method].colour, METHODS[method].marker, "published")
-    for (method, recipe), line in lines.items():
+    for (method, recipe, _), line in lines.items():
         _draw(ax, line, half, METHODS[method].colour, METHODS[method].marker, recipe)
 
 
@@ -158,7 +159,7 @@ def _to_accuracy(value: ArrayLike) -> NDArray[np.float64]:
 
 
 def _draw(ax: Axes, line: Sequence[Point], half: float, colour: str, marker: str, recipe: str) -> None:
-    looks = _LOOKS.get(recipe, _LOOKS[""])
+    looks = _LOOKS.get(recipe, _LOOKS["peers"])
     alive = sorted((p for p in line if not _has_collapsed(p, half)), key=lambda point: point.compression)
     for point in (point for point in line if _has_collapsed(point, half)):
         ax.plot(
@@ -187,7 +188,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "published": {"filled": False, "edge": None, "size": 4.5, "zorder": 2, "label": "published"},
     "paper": {"filled": True, "edge": None, "size": 4.5, "zorder": 3, "label": "paper's recipe, run here"},
     "ours": {"filled": True, "edge": "black", "size": 6.5, "zorder": 4, "label": "our recipe"},
-    "": {"filled": True, "edge": None, "size": 5, "zorder": 3, "label": "peers"},
+    "peers": {"filled": True, "edge": None, "size": 5, "zorder": 3, "label": ""},  # known by their markers
 }
 
 
@@ -208,7 +209,7 @@ def _legend(figure: Figure, methods: Sequence[str], columns: int) -> None:
     ]
     handles += [
         Line2D([], [], marker="o", linestyle="none", label=looks["label"], **_face("0.6", looks))
-        for name, looks in _LOOKS.items()
-        if name
+        for looks in _LOOKS.values()
+        if looks["label"]
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.4)

@@ -46,7 +46,7 @@ def continuous(cells, seeds=(0, 1, 2)):
                 )  # fmt: skip
             for method, lost in (("tp_magnitude", 2.5), ("tp_taylor", 1.5), ("tp_group_norm", 1.9), ("scratch", 1.2)):
                 compression, noise = best + 0.3 * (100 - best), generator.normal(0, 0.2)
-                found.append(result(network, dataset, method, seed, compression, dense - lost + noise, "peer"))
+                found.append(result(network, dataset, method, seed, compression, dense - lost + noise, "peers"))
     return found
 
 

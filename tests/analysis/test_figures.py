@@ -102,6 +102,26 @@ def test_settings_of_one_method_are_joined_and_other_recipes_are_not():
     np.testing.assert_allclose(joined[0].get_xydata()[:, 0], [20, 8, 4])
 
 
+def test_peers_are_points_of_their_own_whose_seeds_may_have_other_widths():
+    names = [method for method in METHODS if method.startswith("tp_") or method == "scratch"]
+    runs = [result(*MNIST, name, seed, 90, 97 + 0.1 * i + seed, "peers") for i, name in enumerate(names)
+            for seed in (0, 1)]  # fmt: skip
+    runs.append(result(*MNIST, "tp_taylor", 0, 90, 98.9, "peers"))
+    for i, run in enumerate(runs):
+        run["config"] |= {"widths": [i, 3]} if run["config"]["method"] == "scratch" else {"budget": 0.9}
+    runs[-1]["config"]["ranking"] = "network"
+    figure = tradeoff(runs)
+    lines = [line for line in figure.axes[0].lines if line.get_markersize() == 5 and line.get_marker() != "None"]
+    assert [(line.get_marker(), to_hex(line.get_color()).upper()) for line in lines] == [
+        (METHODS[name].marker, METHODS[name].colour) for name in (*names, "tp_taylor")
+    ]
+    assert [len(line.get_xdata()) for line in lines] == [1] * 5
+    np.testing.assert_allclose([line.get_ydata()[0] for line in lines], [97.5, 97.6, 97.7, 97.8, 98.9])
+    explained = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(explained) >= {METHODS[name].label for name in names}
+    assert "" not in explained
+
+
 def test_collapsed_networks_do_not_stretch_the_axis():
     ax = tradeoff([result(*MNIST, "SNR", 0, 99, 11, "ours"), result(*MNIST, "BMRS_N", 0, 90, 98.5, "ours")]).axes[0]
     assert 90 < ax.get_ylim()[0] < 98
