@@ -18,7 +18,7 @@ _EVIDENCE = re.compile(r"BMRS_N|BMRS_U-(\d+)")
 
 @dataclass(frozen=True)
 class _Setting:
-    """What the paper's appendix says of one network on one data set; widths and depths are an MLP's."""
+    """What the paper's appendix says of one network on one data set; widths and depths are an MLP's, by any recipe."""
 
     batch_size: int
     lr: float
@@ -44,25 +44,28 @@ _SETTINGS: dict[tuple[str, str], _Setting] = {
 
 @dataclass(frozen=True)
 class _Ours:
-    """Our setting of one network on one data set, chosen on validation data."""
+    """Our setting of one network on one data set, chosen on validation data; its dense network and peers share it."""
 
     kl_weight: float
     epochs: int
     fine_tune_epochs: int
+    batch_size: int
+    lr: float
+    posterior_lr: float
 
 
 _OURS: dict[tuple[str, str], _Ours] = {
-    ("mlp", "mnist"): _Ours(10, 40, 20),
-    ("mlp", "fashion_mnist"): _Ours(10, 40, 20),
-    ("mlp", "cifar10"): _Ours(10, 40, 20),
-    ("mlp", "digits"): _Ours(2, 60, 20),
-    ("lenet5", "mnist"): _Ours(30, 22, 10),
-    ("lenet5", "fashion_mnist"): _Ours(30, 22, 10),
-    ("lenet5", "cifar10"): _Ours(15, 12, 6),
-    ("lenet5", "digits"): _Ours(1, 60, 20),
-    ("lenet5_caffe", "mnist"): _Ours(30, 40, 20),
-    ("lenet5_caffe", "fashion_mnist"): _Ours(30, 40, 20),
-    ("lenet5_caffe", "digits"): _Ours(1, 60, 20),
+    ("mlp", "mnist"): _Ours(20, 40, 20, 128, 8.5e-4, 0.01),
+    ("mlp", "fashion_mnist"): _Ours(20, 40, 20, 128, 8.5e-4, 0.01),
+    ("mlp", "cifar10"): _Ours(25, 40, 20, 128, 1.5e-3, 0.01),
+    ("mlp", "digits"): _Ours(2, 60, 20, 64, 4e-3, 0.2),
+    ("lenet5", "mnist"): _Ours(80, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5", "fashion_mnist"): _Ours(80, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5", "cifar10"): _Ours(15, 25, 5, 64, 2e-3, 0.01),
+    ("lenet5", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
+    ("lenet5_caffe", "mnist"): _Ours(100, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5_caffe", "fashion_mnist"): _Ours(100, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5_caffe", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
 }
 
 
@@ -111,8 +114,6 @@ def make_config(
         "method": method,
         "recipe": recipe,
         "seed": seed,
-        "batch_size": setting.batch_size,
-        "lr": setting.lr,
         "pruning": pruning,
         "hidden": setting.hidden,
         "layers": setting.layers,
@@ -120,11 +121,12 @@ def make_config(
     }
     if recipe == "paper":
         epochs, tuning = _given(epochs, 50), _given(fine_tune_epochs, 10)
-        specific = _paper(method, network, epochs, 0 if pruning == "post-training" else tuning, setting.lr)
+        specific = _paper(method, network, epochs, 0 if pruning == "post-training" else tuning)
+        specific |= {"batch_size": setting.batch_size, "lr": setting.lr, "posterior_lr": setting.lr}
     else:
         epochs, tuning = _given(epochs, ours.epochs), _given(fine_tune_epochs, ours.fine_tune_epochs)
-        specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning, setting.lr)
-        specific["kl_weight"] = ours.kl_weight
+        specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning)
+        specific |= {name: getattr(ours, name) for name in ("kl_weight", "batch_size", "lr", "posterior_lr")}
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
     settings = {**common, **specific, **changes}
@@ -136,12 +138,11 @@ def dense_of(config: RunConfig) -> RunConfig:
     return RunConfig(**_without_noise({**asdict(config), "method": "none"}))
 
 
-def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int, lr: float) -> dict[str, Any]:
+def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
     """Return the reference implementation's settings; it fine-tunes with noise, without removing any more."""
     return {
         "epochs": epochs + fine_tune_epochs,
         "fine_tune_epochs": 0,
-        "posterior_lr": lr,
         "decay": False,
         "kl_weight": "reference",
         "kl_warmup_epochs": 0,
@@ -155,13 +156,12 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int, lr: fl
     }
 
 
-def _ours(method: str, epochs: int, fine_tune_epochs: int, lr: float) -> dict[str, Any]:
-    """Return the library's defaults, written out so that an id does not change its meaning when they do."""
+def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
+    """Return our other settings, written out so that an id does not change its meaning when a default does."""
     judged = method in ("L2", "gradient") or _EVIDENCE.fullmatch(method)
     return {
         "epochs": epochs,
         "fine_tune_epochs": fine_tune_epochs,
-        "posterior_lr": 50 * lr,
         "decay": True,
         "kl_warmup_epochs": epochs // 4,
         "granularity": "example",
