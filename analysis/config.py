@@ -45,6 +45,8 @@ class RunConfig:
         noise_before_pool: Where filters' noise stands, see ``models.lenet5``.
         budget: Fraction of the parameters that a peer is to remove.
         ranking: How it ranks structures, see ``analysis.peers.train_peer``.
+        kl_by_cost: Whether ``kl_weight`` is a mean, each site's own in proportion to the parameters that one of its
+            structures costs, see ``cost_kl_weights``.
         widths: Structures at each noise layer, in their order, of the network that ``"scratch"`` trains.
     """
 
@@ -73,6 +75,7 @@ class RunConfig:
     noise_before_pool: bool
     budget: float = 0.0
     ranking: Literal["layer", "network"] = "layer"
+    kl_by_cost: bool = False
     widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -145,7 +145,7 @@ def _dense(config: RunConfig, execution: Execution, net: nn.Module, split: Split
 
 def _continuous(config: RunConfig, execution: Execution, net: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
     dense = copy.deepcopy(net).to(split.train[0].device)
-    model, guide = _program(config, net, len(split.train[0]))
+    model, guide = _program(config, net, split.train[0])
     # Cutting while training is a matter of speed alone unless norms lose the weights of what has gone, or noise is
     # drawn for each position of what remains.
     shrink = config.method.startswith(_OF_POSTERIORS) and config.granularity != "element" and not execution.compile
@@ -169,7 +169,7 @@ def _post_training(
 ) -> dict[str, Any]:
     """Rank and remove after a training that all criteria share, in a folder that they share too."""
     dense = copy.deepcopy(net).to(split.train[0].device)
-    model, guide = _program(config, net, len(split.train[0]))
+    model, guide = _program(config, net, split.train[0])
     shared_folder = work_folder(_shared(config), execution)
     with _only_here(shared_folder):
         trained = _fit(
@@ -213,11 +213,14 @@ def _post_training(
 
 
 def _program(
-    config: RunConfig, net: nn.Module, num_data: int
+    config: RunConfig, net: nn.Module, images: Tensor
 ) -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGuide]:
-    weight = config.kl_weight
-    kl_weight = bmrs.reference_kl_weights(net, num_data) if isinstance(weight, str) else weight
-    model = bmrs.NoisyNetwork(net, num_data=num_data, kl_weight=kl_weight)
+    kl_weight: Any = config.kl_weight
+    if isinstance(kl_weight, str):
+        kl_weight = bmrs.reference_kl_weights(net, len(images))
+    elif config.kl_by_cost:
+        kl_weight = bmrs.cost_kl_weights(net, to_input(images[:2]).cpu(), kl_weight)
+    model = bmrs.NoisyNetwork(net, num_data=len(images), kl_weight=kl_weight)
     return model, bmrs.TruncatedLogNormalGuide(model)
 
 

@@ -52,6 +52,7 @@ class _Ours:
     batch_size: int
     lr: float
     posterior_lr: float
+    kl_by_cost: bool = False
 
 
 _OURS: dict[tuple[str, str], _Ours] = {
@@ -126,7 +127,8 @@ def make_config(
     else:
         epochs, tuning = _given(epochs, ours.epochs), _given(fine_tune_epochs, ours.fine_tune_epochs)
         specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning)
-        specific |= {name: getattr(ours, name) for name in ("kl_weight", "batch_size", "lr", "posterior_lr")}
+        own = ("kl_weight", "kl_by_cost", "batch_size", "lr", "posterior_lr")
+        specific |= {name: getattr(ours, name) for name in own}
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
     settings = {**common, **specific, **changes}
@@ -181,6 +183,7 @@ def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
         "fine_tune_epochs": 0,
         "posterior_lr": settings["lr"],
         "kl_weight": 1.0,
+        "kl_by_cost": False,
         "kl_warmup_epochs": 0,
         "granularity": "example",
         "pruning": "continuous",

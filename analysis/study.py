@@ -91,6 +91,8 @@ class Study:
     batch_size: int | None = None
     lr: float | None = None
     posterior_lr: float | None = None
+    kl_by_cost: bool | None = None
+    """Whether the KL is weighted by what a site's structures cost."""
     prior_log_odds: float | None = None
     pruning: Pruning | None = None
     ranking: Literal["layer", "network"] = "layer"
@@ -145,7 +147,16 @@ def main(study: Study, arguments: Sequence[str] = ()) -> bool:
 def configurations(study: Study) -> list[RunConfig]:
     """Return the runs of a study, each once; in an order in which a whole table of one seed comes first."""
     grid = GRIDS[study.grid]
-    names = ("epochs", "fine_tune_epochs", "batch_size", "lr", "posterior_lr", "prior_log_odds", "pruning")
+    names = (
+        "epochs",
+        "fine_tune_epochs",
+        "batch_size",
+        "lr",
+        "posterior_lr",
+        "kl_by_cost",
+        "prior_log_odds",
+        "pruning",
+    )
     given = {name: getattr(study, name) for name in names if getattr(study, name) is not None}
     datasets = study.datasets or tuple(name for name in grid.datasets if _is_at_hand(name, study.data_dir))
     networks, methods = study.networks or grid.networks, study.methods or grid.methods

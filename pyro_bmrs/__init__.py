@@ -24,7 +24,7 @@ from pyro_bmrs.bmr import (
     spike,
 )
 from pyro_bmrs.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
-from pyro_bmrs.cost import cost_log_odds, count_flops, count_parameters, measure_latency
+from pyro_bmrs.cost import cost_kl_weights, cost_log_odds, count_flops, count_parameters, measure_latency
 from pyro_bmrs.criteria import (
     BMRS_N,
     BMRS_U,
@@ -94,6 +94,7 @@ __all__ = [
     "bmrs_n_reference",
     "bmrs_n_substantial",
     "compact",
+    "cost_kl_weights",
     "cost_log_odds",
     "count_flops",
     "count_parameters",

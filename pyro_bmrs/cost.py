@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures import Structures, find_structures
 
-__all__ = ["cost_log_odds", "count_flops", "count_parameters", "measure_latency", "removed_positions"]
+__all__ = [
+    "cost_kl_weights",
+    "cost_log_odds",
+    "count_flops",
+    "count_parameters",
+    "measure_latency",
+    "removed_positions",
+]
 
 
 def count_parameters(
@@ -97,6 +104,29 @@ def cost_log_odds(
             costs[site] = costs[site].index_add(0, owned, share)
     average = torch.cat(list(costs.values())).mean()
     return {site: mean * each / average for site, each in costs.items()}
+
+
+def cost_kl_weights(
+    net: nn.Module, example_input: Tensor, mean: float, cost: Literal["parameters", "flops"] = "parameters"
+) -> dict[str, float]:
+    """Return a weight of each site's KL proportional to what one of its structures costs, on average over the site.
+
+    With one weight for all sites narrow layers of cheap structures are worn down as fast as wide layers of dear ones,
+    which loses accuracy and saves little. Scaling a KL is stating its price: so many nats a parameter.
+
+    Args:
+        net: Network with noise layers.
+        example_input: Inputs of shape ``(batch, ...)`` to trace it with.
+        mean: Mean weight over all structures.
+        cost: See ``cost_log_odds``.
+
+    Returns:
+        For each site a number, to give to a model as ``kl_weight``.
+
+    Raises:
+        ValueError: If ``cost`` is neither.
+    """
+    return {site: each.mean().item() for site, each in cost_log_odds(net, example_input, mean, cost).items()}
 
 
 def _parameters_by_side(net: nn.Module) -> Callable[[str, str], int]:
