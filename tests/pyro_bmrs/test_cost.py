@@ -33,3 +33,21 @@ def test_latency_has_one_positive_time_a_network():
     seconds = bmrs.measure_latency(nets[:1], torch.zeros(2, 4), rounds=3)
     assert len(seconds) == 1
     assert seconds[0] > 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "batch_norm", "noise_on_inputs"])
+def test_weights_of_the_kl_are_a_price_per_parameter(name):
+    model, _, x = build(name)
+    weights = bmrs.cost_kl_weights(model.net, x, mean=3.0)
+    structures, total = bmrs.find_structures(model.net, x), bmrs.count_parameters(model.net)
+    saved = {}  # by removing any single structure of a site
+    for site in model.sizes:
+        masks = {other: torch.ones(size, dtype=torch.bool) for other, size in model.sizes.items()}
+        masks[site][-1] = False
+        saved[site] = total - bmrs.count_parameters(model.net, structures, masks)
+    prices = torch.tensor([weights[site] / saved[site] for site in model.sizes])
+    torch.testing.assert_close(prices, prices[:1].expand_as(prices))
+    mean = sum(weights[site] * size for site, size in model.sizes.items()) / sum(model.sizes.values())
+    assert mean == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="'watts'"):
+        bmrs.cost_kl_weights(model.net, x, 3.0, cost="watts")
