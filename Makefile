@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test demo gpu format clean
+.PHONY: test demo gpu study format clean
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -21,6 +21,17 @@ gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu
 	$(BIN)/python -m analysis.overhead --device cuda --output analysis/results/overhead-cuda
 	$(BIN)/python -m analysis.ensemble_speed --device cuda --output analysis/results/ensemble_speed-cuda
+
+# All of the study that is not done yet, then its tables and figures: hours on a GPU, days on two cores.
+# make study STUDY="--device cuda --jobs 4 --data-dir data"
+study: $(INSTALLED)
+	$(BIN)/python -m analysis.study --grid table1 $(STUDY)
+	$(BIN)/python -m analysis.study --grid caffe $(STUDY)
+	$(BIN)/python -m analysis.study --grid peers $(STUDY)
+	$(BIN)/python -m analysis.study --grid curves $(STUDY)
+	$(BIN)/python -m analysis.study --grid precision $(STUDY)
+	$(BIN)/python -m analysis.tables
+	$(BIN)/python -m analysis.figures
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

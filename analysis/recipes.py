@@ -56,13 +56,13 @@ class _Ours:
 
 
 _OURS: dict[tuple[str, str], _Ours] = {
-    ("mlp", "mnist"): _Ours(20, 40, 20, 128, 8.5e-4, 0.01),
-    ("mlp", "fashion_mnist"): _Ours(20, 40, 20, 128, 8.5e-4, 0.01),
+    ("mlp", "mnist"): _Ours(10, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
+    ("mlp", "fashion_mnist"): _Ours(10, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
     ("mlp", "cifar10"): _Ours(25, 40, 20, 128, 1.5e-3, 0.01),
     ("mlp", "digits"): _Ours(2, 60, 20, 64, 4e-3, 0.2),
-    ("lenet5", "mnist"): _Ours(80, 50, 10, 128, 3e-3, 0.01),
-    ("lenet5", "fashion_mnist"): _Ours(80, 50, 10, 128, 3e-3, 0.01),
-    ("lenet5", "cifar10"): _Ours(15, 25, 5, 64, 2e-3, 0.01),
+    ("lenet5", "mnist"): _Ours(60, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5", "fashion_mnist"): _Ours(60, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5", "cifar10"): _Ours(50, 25, 5, 64, 1e-3, 0.01),
     ("lenet5", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
     ("lenet5_caffe", "mnist"): _Ours(100, 50, 10, 128, 3e-3, 0.01),
     ("lenet5_caffe", "fashion_mnist"): _Ours(100, 50, 10, 128, 3e-3, 0.01),
