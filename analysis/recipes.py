@@ -59,6 +59,7 @@ _OURS: dict[tuple[str, str], _Ours] = {
     ("mlp", "mnist"): _Ours(10, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
     ("mlp", "fashion_mnist"): _Ours(10, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
     ("mlp", "cifar10"): _Ours(25, 40, 20, 128, 1.5e-3, 0.01),
+    ("mlp_inputs", "mnist"): _Ours(4, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
     ("mlp", "digits"): _Ours(2, 60, 20, 64, 4e-3, 0.2),
     ("lenet5", "mnist"): _Ours(70, 50, 10, 128, 3e-3, 0.01),
     ("lenet5", "fashion_mnist"): _Ours(70, 50, 10, 128, 3e-3, 0.01),
@@ -108,7 +109,7 @@ def make_config(
     family = network.removesuffix("_inputs")
     if (family, dataset) not in _SETTINGS:
         raise ValueError(f"there is no setting for the network {network!r} on {dataset!r}; there are {_pairs()}")
-    setting, ours = _SETTINGS[family, dataset], _OURS[family, dataset]
+    setting, ours = _SETTINGS[family, dataset], _OURS.get((network, dataset), _OURS[family, dataset])
     common: dict[str, Any] = {
         "dataset": dataset,
         "network": network,
