@@ -67,14 +67,14 @@ def panel_order(cell: tuple[str, str]) -> tuple[int, int, tuple[str, str]]:
 
 
 def panel_grid(count: int, height: float, rows_each: int = 1) -> tuple[Figure, list[list[Axes]]]:
-    """Return a figure and the axes of each of ``count`` panels, three side by side, or four where that fills a row.
+    """Return a figure and the axes of each of ``count`` panels, three side by side, or two where that fills the rows.
 
     Args:
         count: Number of panels.
         height: Of each, in inches.
         rows_each: Axes of each panel, one below the other.
     """
-    columns = count if count <= 4 else 3
+    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
     rows = -(-count // columns)
     size = (_WIDTH * (0.55 if columns == 1 else 1), 0.5 + height * rows)
     figure, grid = plt.subplots(rows * rows_each, columns, figsize=size, squeeze=False)

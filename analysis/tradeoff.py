@@ -42,15 +42,17 @@ def tradeoff(results: Results) -> Figure:
         raise ValueError("no result is of a method that prunes while training, so there is no trade-off to draw")
     alone = len(cells) == 1
     figure, grid = panel_grid(len(cells), height=3.4 if alone else 2.3)
-    seen: set[str] = set()
+    seen, recipes = set[str](), set[str]()
     for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
         known = published(*cell)
         seen |= set(known) | {result["config"]["method"] for result in members}
+        recipes |= {result["config"].get("recipe", "") for result in members} | ({"published"} if known else set())
         _panel(ax, members, known)
         ax.set_title(panel_title(*cell))
         if is_left(ax):
             ax.set_ylabel("test accuracy (%)")
-    _legend(figure, [method for method in METHODS if method in seen], columns=2 if alone else 4)
+    shown = [looks for recipe, looks in _LOOKS.items() if recipe in recipes and looks["label"]]
+    _legend(figure, [method for method in METHODS if method in seen], shown, columns=2 if alone else 4)
     return figure
 
 
@@ -201,15 +203,13 @@ def _face(colour: str, looks: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _legend(figure: Figure, methods: Sequence[str], columns: int) -> None:
+def _legend(figure: Figure, methods: Sequence[str], recipes: Sequence[Mapping[str, Any]], columns: int) -> None:
     """Explain markers by method, and their filling by recipe, below the panels."""
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=look.label)
         for look in (METHODS[method] for method in methods)
     ]
     handles += [
-        Line2D([], [], marker="o", linestyle="none", label=looks["label"], **_face("0.6", looks))
-        for looks in _LOOKS.values()
-        if looks["label"]
+        Line2D([], [], marker="o", linestyle="none", label=looks["label"], **_face("0.6", looks)) for looks in recipes
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.4)
