@@ -61,12 +61,13 @@ def test_results_of_former_versions_are_still_those_of_their_configurations():
 
 
 def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
-    ours = make_config("mnist", "mlp", "BMRS_N", "ours", 0)
+    ours = make_config("mnist", "mlp", "BMRS_N", "ours", 0, kl_by_cost=False)
     scratch = make_config("mnist", "mlp", "scratch", "peers", 0, budget=0.5, widths=(3, 2))
     for config in (ours, scratch):
         Store(tmp_path).write(config, {})
         assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
-    assert set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"]) == {"budget", "ranking", "widths"}
+    left_out = set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"])
+    assert left_out == {"budget", "ranking", "kl_by_cost", "widths"}
     assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
 
@@ -75,7 +76,9 @@ def test_peers_train_as_long_as_ours_without_noise():
     peer = make_config("mnist", "lenet5", "tp_taylor", "peers", 3, budget=0.9, ranking="network")
     dense = make_config("mnist", "lenet5", "none", "ours", 3)
     assert replace(peer, method="none", recipe="ours", budget=0.0, ranking="layer") == dense
-    assert (peer.epochs, peer.fine_tune_epochs, peer.decay, peer.batch_size, peer.lr) == (32, 0, True, 128, 1.4e-3)
+    ours = make_config("mnist", "lenet5", "BMRS_N", "ours", 3)
+    assert (peer.epochs, peer.fine_tune_epochs) == (ours.epochs + ours.fine_tune_epochs, 0)
+    assert (peer.decay, peer.batch_size, peer.lr) == (True, ours.batch_size, ours.lr)
     assert peer.label == "mnist lenet5 tp_taylor peers budget 0.9 seed 3"
     assert criterion(peer) is None
     for method, recipe in (("tp_magnitude", "ours"), ("scratch", "paper"), ("BMRS_N", "peers"), ("none", "peers")):
