@@ -146,9 +146,8 @@ def _dense(config: RunConfig, execution: Execution, net: nn.Module, split: Split
 def _continuous(config: RunConfig, execution: Execution, net: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
     dense = copy.deepcopy(net).to(split.train[0].device)
     model, guide = _program(config, net, split.train[0])
-    # Cutting while training is a matter of speed alone unless norms lose the weights of what has gone, or noise is
-    # drawn for each position of what remains.
-    shrink = config.method.startswith(_OF_POSTERIORS) and config.granularity != "element" and not execution.compile
+    # Cutting while training is a matter of speed alone unless norms lose the weights of what has gone.
+    shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
     result = _fit(
         model,
         guide,

@@ -8,6 +8,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from models import lenet5
+from pyro_bmrs.elbo import _element_shapes
 from pyro_bmrs.noise import fix_noise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -24,8 +25,8 @@ OPTIMIZERS = {
 class Run:
     """A model in training, with noise that is a function of the step and of each structure's original position."""
 
-    def __init__(self, model, guide, x, optimizer="fused_adam"):
-        self.model, self.guide, self.x = model, guide, x
+    def __init__(self, model, guide, x, optimizer="fused_adam", granularity="example"):
+        self.model, self.guide, self.x, self.granularity = model, guide, x, granularity
         groups = [{"params": list(model.parameters())}, {"params": list(guide.parameters()), "lr": 0.1}]
         self.optimizer = OPTIMIZERS[optimizer](groups)
         self.sizes = model.sizes
@@ -38,13 +39,7 @@ class Run:
         losses = []
         self.model.train()
         for _ in range(steps):
-            generator = torch.Generator().manual_seed(self.step)
-            uniform = {
-                site: torch.rand(len(self.x), size, generator=generator, dtype=torch.float64)[:, self.positions[site]]
-                for site, size in self.sizes.items()
-            }
-            theta = self.noise(torch.cat(list(uniform.values()), -1))
-            with fix_noise(self.guide.split(theta)):
+            with fix_noise(self.noise()):
                 logits = self.model.net(self.x).movedim(-1, 1)
                 y = self.y.view(-1, *(1,) * (logits.dim() - 2)).expand(-1, *logits.shape[2:])
                 loss = nn.functional.cross_entropy(logits, y) + self.guide.kl() / self.model.num_data
@@ -55,9 +50,17 @@ class Run:
             self.step += 1
         return torch.stack(losses)
 
-    def noise(self, uniform):
-        q = self.guide.flat_posterior()
-        return q.icdf(uniform).to(uniform) if hasattr(q, "log_icdf") else q.mean * 2 * uniform
+    def noise(self):
+        generator = torch.Generator().manual_seed(self.step)
+        shapes = dict.fromkeys(self.sizes, self.x.shape[:1])
+        if self.granularity == "element":
+            shapes = _element_shapes(self.model, self.x)
+        theta = {}
+        for site, q in self.guide.posterior().items():
+            uniform = torch.rand(*shapes[site], self.sizes[site], generator=generator, dtype=torch.float64)
+            uniform = uniform[..., self.positions[site]]
+            theta[site] = (q.icdf(uniform) if hasattr(q, "log_icdf") else q.mean * 2 * uniform).to(self.x)
+        return theta
 
     def remove(self, masks):
         for site, layer in self.model.noise.items():
@@ -77,8 +80,8 @@ class Run:
         return tensors
 
 
-def two_runs(name, optimizer="fused_adam", seed=0):
-    return [Run(*build(name, seed, dtype=torch.float64), optimizer) for _ in range(2)]
+def two_runs(name, optimizer="fused_adam", seed=0, granularity="example"):
+    return [Run(*build(name, seed, dtype=torch.float64), optimizer, granularity) for _ in range(2)]
 
 
 def check_same_training(masked, shrunk, masks, steps=5):
@@ -111,6 +114,16 @@ def test_the_next_steps_are_those_of_the_masked_network(name, keep):
     check_same_state(shrunk, masked)
     removed = sum(masked.sizes.values()) - len(shrunk.guide.keep)
     assert removed == 0 if name == "noise_before_sigmoid" else removed > 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "lenet5_noise_before_pool", "noise_on_positions"])
+def test_noise_of_every_element_changes_nothing(name):
+    masked, shrunk = two_runs(name, granularity="element")
+    for run in (masked, shrunk):
+        run.train(3)
+    check_same_training(masked, shrunk, random_masks(masked.model, keep=0.5), steps=10)
+    masked.shrink()
+    check_same_state(shrunk, masked)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -385,7 +398,6 @@ def test_an_optimizer_that_remembers_other_things_is_refused():
 def test_in_float32_it_agrees_to_rounding():
     masked, shrunk = (Run(*build("lenet5")) for _ in range(2))
     for run in (masked, shrunk):
-        run.noise = lambda uniform, run=run: run.guide.flat_posterior().icdf(uniform).float()
         run.train(2)
         run.remove(random_masks(run.model))
     shrunk.shrink()
