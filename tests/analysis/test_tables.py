@@ -79,7 +79,7 @@ def test_accuracies_are_compared_with_the_dense_networks_of_their_recipe_seed_an
     results += [result("BMRS_N", 0, 0.8, 0.7, dataset="cifar10", recipe="ours", kl_weight=3.0)]
     results += [result("none", 0, 0.0, 0.9, recipe="ours"), result("BMRS_N", 0, 0.8, 0.89, recipe="ours", kl_weight=3)]
     results += [result("none", 0, 0.0, 0.5, recipe="ours", epochs=7), peer("tp_taylor", 0, 0.8)]
-    first, second = tabulate(results)
+    first, second, third = tabulate(results)
     assert first.title == "LeNet-5"
     assert second.title == "LeNet-5, accuracy against none"
     assert second.head == first.head == ["recipe", "method", "MNIST", "MNIST, paper", "CIFAR-10", "CIFAR-10, paper"]
@@ -90,6 +90,9 @@ def test_accuracies_are_compared_with_the_dense_networks_of_their_recipe_seed_an
     ]
     assert "SNR &  & $-$36.37 & $-$1.00 $\\pm$ 1.00 (3) & +0.06" in latex([second])
     assert "| SNR |  | -36.37 | -1.00 ± 1.00 (3) | +0.06 |" in markdown([second])
+    assert third.title == "LeNet-5, the paper's recipe less the paper"
+    assert third.head == ["recipe", "method", "CIFAR-10"]
+    assert third.rows == [["paper", "SNR", "+9.71 / -1.06 (3)"]]
 
 
 def test_networks_and_ways_of_pruning_have_tables_of_their_own():
