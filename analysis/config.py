@@ -48,6 +48,8 @@ class RunConfig:
         kl_by_cost: Whether ``kl_weight`` is a mean, each site's own in proportion to the parameters that one of its
             structures costs, see ``cost_kl_weights``.
         widths: Structures at each noise layer, in their order, of the network that ``"scratch"`` trains.
+        pixels: What black and white are to the network.
+        best_of: Of how many epochs at the end that with the best validation accuracy counts; 0 is the last one.
     """
 
     dataset: str
@@ -77,13 +79,17 @@ class RunConfig:
     ranking: Literal["layer", "network"] = "layer"
     kl_by_cost: bool = False
     widths: tuple[int, ...] = ()
+    pixels: tuple[float, float] = (0.0, 1.0)
+    best_of: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids
             value = getattr(self, field.name)
             if type(value) is int and (field.type is float or float in get_args(field.type)):
                 object.__setattr__(self, field.name, float(value))
-        object.__setattr__(self, "widths", tuple(self.widths))  # JSON has made a list of it
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON has made lists of them
+        black, white = self.pixels
+        object.__setattr__(self, "pixels", (float(black), float(white)))
 
     @property
     def settings(self) -> dict[str, Any]:

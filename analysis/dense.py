@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_bmrs.callbacks import Callbacks, JSONLines
+from pyro_bmrs.callbacks import Callback, Callbacks, JSONLines
 from pyro_bmrs.checkpoint import State, optimizer_tensors, read_checkpoint, restore_optimizer, write_checkpoint
 from pyro_bmrs.data import to_input
 from pyro_bmrs.modes import evaluating
@@ -34,6 +35,7 @@ def train_dense(
     validation: tuple[Tensor, Tensor] | None = None,
     folder: Path | None = None,
     checkpoint_every: int = 1,
+    callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Train ``net`` in place by Adam, as ``pyro_bmrs.fit`` trains weights.
 
@@ -48,6 +50,7 @@ def train_dense(
         validation: Data on which to measure the accuracy after every epoch.
         folder: Where to keep ``metrics.jsonl`` and a checkpoint, from which the next call goes on to the same result.
         checkpoint_every: Epochs between checkpoints.
+        callbacks: Hear of the start and of every epoch.
 
     Returns:
         A record for each epoch.
@@ -56,7 +59,7 @@ def train_dense(
     path = None if folder is None else folder / "checkpoint" / "dense.safetensors"
     if path is not None and path.exists():
         training.restore(read_checkpoint(path))
-    told = Callbacks([] if folder is None else [JSONLines(folder / "metrics.jsonl")])
+    told = Callbacks([*callbacks, *([] if folder is None else [JSONLines(folder / "metrics.jsonl")])])
     with closing(told):
         told.on_start(epochs, training.history)
         while len(training.history) < epochs:

@@ -12,12 +12,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import pyro_bmrs as bmrs
+from analysis.best_epoch import BestEpoch
 from analysis.config import METHODS, PEERS, RunConfig
 from analysis.data import Split, digits, load
 from analysis.dense import accuracy, train_dense
 from analysis.peer_runs import execute_peer
 from analysis.rank_correlation import spearman
 from analysis.recipes import criterion
+from analysis.reference_count import reference_compression
 from analysis.run import compare, evaluate
 from models import lenet5, lenet5_caffe, mlp
 from pyro_bmrs.data import to_input
@@ -107,8 +109,15 @@ def _note_session(config: RunConfig, execution: Execution) -> list[int]:
 
 def _load(config: RunConfig, execution: Execution) -> Split:
     if config.dataset == "digits":
-        return digits(config.image_size)
-    return load(config.dataset, execution.data_dir, size=config.image_size)
+        split = digits(config.image_size)
+    else:
+        split = load(config.dataset, execution.data_dir, size=config.image_size)
+    return split if config.pixels == (0.0, 1.0) else _with_pixels(split, *config.pixels)
+
+
+def _with_pixels(split: Split, black: float, white: float) -> Split:
+    parts = ((to_input(x) * (white - black) + black, y) for x, y in (split.train, split.validation, split.test))
+    return Split(*parts)
 
 
 def _on_device(split: Split, device: torch.device) -> Split:
@@ -127,6 +136,7 @@ def _build(config: RunConfig, images: Tensor) -> nn.Module:
 
 def _dense(config: RunConfig, execution: Execution, net: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
     net.to(split.train[0].device)
+    best = [BestEpoch({"net": net}, config.best_of, folder)] if config.best_of else []
     history = train_dense(
         net,
         split.train,
@@ -138,7 +148,10 @@ def _dense(config: RunConfig, execution: Execution, net: nn.Module, split: Split
         validation=split.validation,
         folder=folder,
         checkpoint_every=execution.checkpoint_every,
+        callbacks=best,
     )
+    for each in best:
+        each.restore()
     seconds = sum(record["seconds"] for record in history)
     return {**compare(net, net, split), "seconds": seconds, "history": _in_short(history)}
 
@@ -148,6 +161,7 @@ def _continuous(config: RunConfig, execution: Execution, net: nn.Module, split: 
     model, guide = _program(config, net, split.train[0])
     # Cutting while training is a matter of speed alone unless norms lose the weights of what has gone.
     shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
+    best = [BestEpoch({"model": model, "guide": guide}, config.best_of, folder)] if config.best_of else []
     result = _fit(
         model,
         guide,
@@ -159,7 +173,10 @@ def _continuous(config: RunConfig, execution: Execution, net: nn.Module, split: 
         pruning=bmrs.Continuous(start=config.prune_from, stop=config.prune_until, shrink=shrink),
         epochs=config.epochs,
         fine_tune_epochs=config.fine_tune_epochs,
+        callbacks=best,
     )
+    for each in best:
+        each.restore()
     return _results(dense, model, guide, result, split)
 
 
@@ -262,8 +279,10 @@ def _results(
     split: Split,
 ) -> dict[str, Any]:
     pruned = bmrs.compact(model, guide, None, to_input(split.validation[0][:8]))
+    measured = evaluate(dense, model, guide, pruned, result.masks, split)
     return {
-        **evaluate(dense, model, guide, pruned, result.masks, split),
+        **measured,
+        "compression_reference": _rounded(reference_compression(dense, measured["kept"])),
         "seconds": result.seconds,
         "history": _in_short(result.history),
     }

@@ -42,6 +42,10 @@ _SETTINGS: dict[tuple[str, str], _Setting] = {
 }
 
 
+# The reference takes 127 from the bytes of these and divides by 255; others it maps to [-1, 1].
+_PAPER_PIXELS = dict.fromkeys(("mnist", "fashion_mnist"), (-127 / 255, 128 / 255))
+
+
 @dataclass(frozen=True)
 class _Ours:
     """Our setting of one network on one data set, chosen on validation data; its dense network and peers share it."""
@@ -125,6 +129,10 @@ def make_config(
         epochs, tuning = _given(epochs, 50), _given(fine_tune_epochs, 10)
         specific = _paper(method, network, epochs, 0 if pruning == "post-training" else tuning)
         specific |= {"batch_size": setting.batch_size, "lr": setting.lr, "posterior_lr": setting.lr}
+        specific |= {
+            "pixels": _PAPER_PIXELS.get(dataset, (-1, 1)),
+            "best_of": 0 if pruning == "post-training" else tuning,
+        }
     else:
         epochs, tuning = _given(epochs, ours.epochs), _given(fine_tune_epochs, ours.fine_tune_epochs)
         specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning)
@@ -142,7 +150,10 @@ def dense_of(config: RunConfig) -> RunConfig:
 
 
 def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
-    """Return the reference implementation's settings; it fine-tunes with noise, without removing any more."""
+    """Return the reference implementation's settings; it fine-tunes with noise, without removing any more.
+
+    Of the epochs of fine-tuning it goes back to the one with the best validation accuracy.
+    """
     return {
         "epochs": epochs + fine_tune_epochs,
         "fine_tune_epochs": 0,

@@ -46,7 +46,7 @@ def results_of(config):
 
 def test_ids_are_stable_and_distinct():
     config = make_config("mnist", "lenet5", "BMRS_N", "paper", 0)
-    assert config.id == "3046f10ba734"
+    assert replace(config, pixels=(0, 1), best_of=0).id == "3046f10ba734"
     grid = configurations(Study(grid="table1", datasets=("mnist", "cifar10"), seeds=(0, 1)))
     assert len({config.id for config in grid}) == len(grid) == 2 * 2 * 2 * 2 * 7
     assert replace(config, kl_weight=30) == replace(config, kl_weight=30.0)
@@ -67,7 +67,7 @@ def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
         Store(tmp_path).write(config, {})
         assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
     left_out = set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"])
-    assert left_out == {"budget", "ranking", "kl_by_cost", "widths"}
+    assert left_out == {"budget", "ranking", "kl_by_cost", "widths", "pixels", "best_of"}
     assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
 
@@ -114,6 +114,11 @@ def test_the_papers_recipe_is_the_references():
     assert criterion(replace(config, method="L2")) == WeightNorm(match=bmrs_n_reference)
     assert criterion(make_config("mnist", "mlp", "BMRS_U-4", "paper", 0)) == BMRS_U(4, 23)
     assert make_config("mnist", "mlp", "SNR", "paper", 0, epochs=6, fine_tune_epochs=2).prune_until == 6
+    assert (config.pixels, config.best_of) == ((-127 / 255, 128 / 255), 10)
+    dense = make_config("cifar10", "mlp", "none", "paper", 0, fine_tune_epochs=2)
+    assert (dense.pixels, dense.best_of, dense.epochs) == ((-1, 1), 2, 52)
+    assert make_config("mnist", "mlp", "SNR", "paper", 0, pruning="post-training").best_of == 0
+    assert make_config("mnist", "mlp", "SNR", "ours", 0).pixels == (0, 1)
 
 
 def test_the_dense_network_is_one_run_whatever_the_settings_of_noise():
@@ -225,7 +230,7 @@ def test_peers_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
         assert found["accuracy_test"] > 0.2
         assert found["history"]["accuracy_validation"] == [pytest.approx(found["accuracy_validation"], abs=1e-5)]
         assert (found["epochs"], found["sessions"]) == (4, [0])
-        missing = {"accuracy_test_masked", "surgery_max_abs_error", "structures", "kept"}
+        missing = {"accuracy_test_masked", "surgery_max_abs_error", "structures", "kept", "compression_reference"}
         assert set(sources[0]) - set(found) == missing
     files = {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.iterdir()}
     assert main(peers)

@@ -1,0 +1,47 @@
+"""Going back to the best of the last epochs, by its validation accuracy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pyro_bmrs.callbacks import Callback
+from pyro_bmrs.checkpoint import State, read_checkpoint, write_checkpoint
+
+__all__ = ["BestEpoch"]
+
+
+class BestEpoch(Callback):
+    """Keeps what the best of the last epochs came to, the first of equals; for a training that may be interrupted.
+
+    Args:
+        modules: What is to go back, by a name each; nothing is removed from them during those epochs.
+        last: How many epochs at the end of the training compete.
+        folder: Where to keep the best so far.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], last: int, folder: Path) -> None:
+        self.modules, self.last, self.path = modules, last, folder / "best.safetensors"
+
+    def on_start(self, epochs: int, history: list[dict[str, Any]]) -> None:
+        self.first = epochs - self.last + 1
+        self.accuracy = max((r["accuracy_validation"] for r in history if r["epoch"] >= self.first), default=-1.0)
+
+    def on_epoch_end(self, record: dict[str, Any]) -> None:
+        if record["epoch"] < self.first or record["accuracy_validation"] <= self.accuracy:
+            return
+        self.accuracy = record["accuracy_validation"]
+        tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in _items(module)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(self.path, State(tensors, {"epoch": record["epoch"]}))
+
+    def restore(self) -> None:
+        """Take the modules back to the best epoch."""
+        tensors = read_checkpoint(self.path).tensors
+        for name, module in self.modules.items():
+            module.load_state_dict({key: tensors[f"{name}.{key}"] for key, _ in _items(module)})
+
+
+def _items(module: nn.Module) -> list[tuple[str, Any]]:
+    return list(module.state_dict().items())
