@@ -17,7 +17,7 @@ class BestEpoch(Callback):
 
     Args:
         modules: What is to go back, by a name each; nothing is removed from them during those epochs.
-        last: How many epochs at the end of the training compete.
+        last: How many epochs at the end of the training compete; with 0 its end is what counts.
         folder: Where to keep the best so far.
     """
 
@@ -38,6 +38,8 @@ class BestEpoch(Callback):
 
     def restore(self) -> None:
         """Take the modules back to the best epoch."""
+        if not self.last:
+            return
         tensors = read_checkpoint(self.path).tensors
         for name, module in self.modules.items():
             module.load_state_dict({key: tensors[f"{name}.{key}"] for key, _ in _items(module)})

@@ -136,7 +136,7 @@ def _build(config: RunConfig, images: Tensor) -> nn.Module:
 
 def _dense(config: RunConfig, execution: Execution, net: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
     net.to(split.train[0].device)
-    best = [BestEpoch({"net": net}, config.best_of, folder)] if config.best_of else []
+    best = BestEpoch({"net": net}, config.best_of, folder)
     history = train_dense(
         net,
         split.train,
@@ -148,10 +148,9 @@ def _dense(config: RunConfig, execution: Execution, net: nn.Module, split: Split
         validation=split.validation,
         folder=folder,
         checkpoint_every=execution.checkpoint_every,
-        callbacks=best,
+        callbacks=[best],
     )
-    for each in best:
-        each.restore()
+    best.restore()
     seconds = sum(record["seconds"] for record in history)
     return {**compare(net, net, split), "seconds": seconds, "history": _in_short(history)}
 
@@ -161,7 +160,7 @@ def _continuous(config: RunConfig, execution: Execution, net: nn.Module, split: 
     model, guide = _program(config, net, split.train[0])
     # Cutting while training is a matter of speed alone unless norms lose the weights of what has gone.
     shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
-    best = [BestEpoch({"model": model, "guide": guide}, config.best_of, folder)] if config.best_of else []
+    best = BestEpoch({"model": model, "guide": guide}, config.best_of, folder)
     result = _fit(
         model,
         guide,
@@ -173,10 +172,9 @@ def _continuous(config: RunConfig, execution: Execution, net: nn.Module, split: 
         pruning=bmrs.Continuous(start=config.prune_from, stop=config.prune_until, shrink=shrink),
         epochs=config.epochs,
         fine_tune_epochs=config.fine_tune_epochs,
-        callbacks=best,
+        callbacks=[best],
     )
-    for each in best:
-        each.restore()
+    best.restore()
     return _results(dense, model, guide, result, split)
 
 

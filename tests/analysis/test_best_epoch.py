@@ -17,7 +17,7 @@ def train(callback, net, history, stop=5):
         callback.on_epoch_end(record)
 
 
-@pytest.mark.parametrize(("last", "best"), [(5, 1), (4, 3), (2, 4), (1, 5)])
+@pytest.mark.parametrize(("last", "best"), [(5, 1), (4, 3), (2, 4), (1, 5), (0, 5)])
 def test_the_first_of_the_best_of_the_last_epochs_comes_back(tmp_path, last, best):
     net = nn.Linear(2, 1)
     callback = BestEpoch({"net": net}, last, tmp_path)
