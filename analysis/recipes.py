@@ -105,11 +105,14 @@ def make_config(
 
     Raises:
         ValueError: If there is no such method or recipe, the one is not for the other, or there is no setting for this
-            network on this data set.
+            network on this data set, or a number of epochs is negative.
     """
     if recipe not in get_args(RecipeName):
         raise ValueError(f"there is no recipe {recipe!r}; choose one of {', '.join(get_args(RecipeName))}")
     _check_method(method, recipe)
+    for name, value in (("epochs", epochs), ("fine_tune_epochs", fine_tune_epochs)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must not be negative, but got {value}")
     family = network.removesuffix("_inputs")
     if (family, dataset) not in _SETTINGS:
         raise ValueError(f"there is no setting for the network {network!r} on {dataset!r}; there are {_pairs()}")

@@ -133,6 +133,8 @@ def test_axes_and_settings_can_be_replaced():
     assert [(c.dataset, c.method, c.seed, c.epochs, c.lr, c.kl_weight) for c in only] == [
         ("digits", "BMRS_U-12", 7, 3, 0.1, 5.0)
     ]
+    with pytest.raises(ValueError, match="epochs must not be negative, but got -3"):
+        configurations(Study(methods=("none",), epochs=-3))
     with pytest.raises(ValueError, match="no method 'L1'"):
         configurations(Study(methods=("L1",)))
     with pytest.raises(ValueError, match="no setting for the network 'lenet5_caffe' on 'cifar10'"):
