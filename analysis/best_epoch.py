@@ -22,7 +22,7 @@ class BestEpoch(Callback):
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], last: int, folder: Path) -> None:
-        self.modules, self.last, self.path = modules, last, folder / "best.safetensors"
+        self.modules, self.last, self.path = nn.ModuleDict(modules), last, folder / "best.safetensors"
 
     def on_start(self, epochs: int, history: list[dict[str, Any]]) -> None:
         self.first = epochs - self.last + 1
@@ -32,18 +32,10 @@ class BestEpoch(Callback):
         if record["epoch"] < self.first or record["accuracy_validation"] <= self.accuracy:
             return
         self.accuracy = record["accuracy_validation"]
-        tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in _items(module)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(self.path, State(tensors, {"epoch": record["epoch"]}))
+        write_checkpoint(self.path, State(self.modules.state_dict(), {"epoch": record["epoch"]}))
 
     def restore(self) -> None:
         """Take the modules back to the best epoch."""
-        if not self.last:
-            return
-        tensors = read_checkpoint(self.path).tensors
-        for name, module in self.modules.items():
-            module.load_state_dict({key: tensors[f"{name}.{key}"] for key, _ in _items(module)})
-
-
-def _items(module: nn.Module) -> list[tuple[str, Any]]:
-    return list(module.state_dict().items())
+        if self.last:
+            self.modules.load_state_dict(read_checkpoint(self.path).tensors)

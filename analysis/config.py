@@ -88,8 +88,9 @@ class RunConfig:
             if type(value) is int and (field.type is float or float in get_args(field.type)):
                 object.__setattr__(self, field.name, float(value))
         object.__setattr__(self, "widths", tuple(self.widths))  # JSON has made lists of them
-        black, white = self.pixels
-        object.__setattr__(self, "pixels", (float(black), float(white)))
+        if len(self.pixels) != 2:
+            raise ValueError(f"pixels must be two numbers, what black and white are, but got {self.pixels!r}")
+        object.__setattr__(self, "pixels", tuple(float(value) for value in self.pixels))
 
     @property
     def settings(self) -> dict[str, Any]:

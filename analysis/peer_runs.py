@@ -12,7 +12,7 @@ from analysis.config import RunConfig
 from analysis.data import Split
 from analysis.peers import Importance, narrowed, train_from_scratch, train_peer
 from analysis.recipes import make_config
-from analysis.run import compare
+from analysis.run import compare, short_history
 from pyro_bmrs.noise import noise_layers
 
 __all__ = ["execute_peer", "peers_beside"]
@@ -108,5 +108,4 @@ def execute_peer(config: RunConfig, net: nn.Module, split: Split) -> dict[str, A
         peer = train_peer(net.to(device), split.train, importance, config.budget, *settings, ranking=config.ranking)
     seconds = time.perf_counter() - started
     results = compare(net, peer, split)
-    history = {key: [round(results[key], 5)] for key in ("compression", "accuracy_validation")}
-    return {**results, "seconds": seconds, "history": history}
+    return {**results, "seconds": seconds, "history": short_history([results])}

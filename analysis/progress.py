@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from analysis.config import PEERS, RunConfig
-from analysis.experiment import Execution, epochs_done, epochs_planned, is_running
+from analysis.execution import Execution, epochs_done, epochs_planned, is_running
 
 __all__ = ["Progress", "seconds_left"]
 

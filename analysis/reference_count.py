@@ -8,6 +8,8 @@ from pyro_bmrs.noise import MultiplicativeNoise
 
 __all__ = ["reference_compression"]
 
+_NOTHING = "", nn.Identity()  # before the first layer and behind the last
+
 
 def reference_compression(net: nn.Module, kept: Mapping[str, int]) -> float:
     """Return the fraction of parameters that the reference would say is removed; what the paper's tables have.
@@ -23,21 +25,23 @@ def reference_compression(net: nn.Module, kept: Mapping[str, int]) -> float:
     References:
         BMRS: Bayesian Model Reduction for Structured Pruning (Wright et al., 2024), its published code
     """
-    total = left = 0
-    before: tuple[int, int] | None = None  # structures of the noise before the next layer, and how many of them stay
     layers = [
         (name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | MultiplicativeNoise)
     ]
-    for i, (name, layer) in enumerate(layers):
+    chain: list[tuple[str, nn.Module]] = [_NOTHING, *layers, _NOTHING]
+    total = left = 0
+    for before, (name, layer), behind in zip(chain, layers, chain[2:], strict=False):
         if isinstance(layer, MultiplicativeNoise):
-            before = layer.size, kept[name]
             total, left = total + 2 * layer.size, left + 2 * kept[name]
             continue
         outputs, inputs = layer.weight.shape[:2]
         each, biases = layer.weight[0, 0].numel(), 0 if layer.bias is None else layer.bias.numel()
-        behind = layers[i + 1] if i + 1 < len(layers) else None
-        outputs_left = kept[behind[0]] if behind and isinstance(behind[1], MultiplicativeNoise) else outputs
-        inputs_left = before[1] if before and before[0] == inputs else inputs
-        total, left = total + layer.weight.numel() + biases, left + outputs_left * inputs_left * each + biases
-        before = None
+        total += layer.weight.numel() + biases
+        left += _left(outputs, behind, kept) * _left(inputs, before, kept) * each + biases
     return 1 - left / total
+
+
+def _left(width: int, neighbour: tuple[str, nn.Module], kept: Mapping[str, int]) -> int:
+    """Return how many of a layer's outputs or inputs stay, given what is next to them."""
+    name, noise = neighbour
+    return kept[name] if isinstance(noise, MultiplicativeNoise) and noise.size == width else width

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from analysis.dense import accuracy, outputs
 from pyro_bmrs.data import to_input
 from pyro_bmrs.io import write_json
 
-__all__ = ["compare", "draw_figures", "evaluate", "format_table", "save_run"]
+__all__ = ["compare", "draw_figures", "evaluate", "format_table", "save_run", "short_history"]
 
 _LATENCY_BATCH = 128
 
@@ -73,6 +74,11 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.machine()}, {os.cpu_count()} cores"
+
+
+def short_history(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return what of a training's epochs is kept with its results."""
+    return {key: [round(record[key], 5) for record in history] for key in ("compression", "accuracy_validation")}
 
 
 def save_run(

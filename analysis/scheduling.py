@@ -11,7 +11,8 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from analysis.config import RunConfig
-from analysis.experiment import Execution, execute
+from analysis.execution import Execution
+from analysis.experiment import execute
 
 __all__ = ["Outcome", "attempt", "connect", "count_workers", "on_dask", "on_this_machine"]
 

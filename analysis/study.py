@@ -15,7 +15,7 @@ import joblib
 import tyro
 
 from analysis.config import METHODS, PEERS, DatasetName, NetworkName, RecipeName, RunConfig
-from analysis.experiment import Execution
+from analysis.execution import Execution
 from analysis.hub import image_set, locate
 from analysis.peer_runs import peers_beside
 from analysis.progress import Progress

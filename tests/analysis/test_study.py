@@ -14,7 +14,8 @@ import torch
 from analysis import experiment, peer_runs, scheduling
 from analysis.config import METHODS, PEERS, RunConfig
 from analysis.data import Split, digits
-from analysis.experiment import Execution, epochs_done, epochs_planned, execute, is_running, work_folder
+from analysis.execution import Execution, epochs_done, epochs_planned, is_running, work_folder
+from analysis.experiment import execute
 from analysis.progress import Progress, format_seconds, seconds_left
 from analysis.recipes import criterion, dense_of, make_config
 from analysis.store import Store
@@ -47,6 +48,8 @@ def results_of(config):
 def test_ids_are_stable_and_distinct():
     config = make_config("mnist", "lenet5", "BMRS_N", "paper", 0)
     assert replace(config, pixels=(0, 1), best_of=0).id == "3046f10ba734"
+    with pytest.raises(ValueError, match="pixels must be two numbers"):
+        replace(config, pixels=(1,))
     grid = configurations(Study(grid="table1", datasets=("mnist", "cifar10"), seeds=(0, 1)))
     assert len({config.id for config in grid}) == len(grid) == 2 * 2 * 2 * 2 * 7
     assert replace(config, kl_weight=30) == replace(config, kl_weight=30.0)
