@@ -27,7 +27,8 @@ def tradeoff(results: Results) -> Figure:
     """Draw test accuracy against the parameters left, a panel for each network and data set.
 
     Networks below half of the panel's best accuracy, less a standard deviation, have collapsed and stand in a strip at
-    the bottom, called fail. Runs that differ only by a setting (of ours the KL's weight) are points of one line.
+    the bottom, called fail, at its right end if they are smaller than all others. Runs that differ only by a setting
+    (of ours the KL's weight) are points of one line.
 
     Raises:
         ValueError: If none of the results is of pruning while training.
@@ -108,19 +109,20 @@ def _scales(ax: Axes, points: Sequence[Point]) -> None:
     """Set a logarithmic scale of the parameters left, falling, and one of the test error, with a strip below it."""
     half = max(point.accuracy for point in points) / 2
     ax.set_xscale("log")
-    ax.set_xlim(115, min(0.8 * min(_left(point) for point in points), 40))
+    working = [point for point in points if not _has_collapsed(point, half)] or points
+    ax.set_xlim(115, min(0.8 * min(_left(point) for point in working), 40))
     ticks = _spaced(_TICKS_LEFT, ax.get_xlim(), np.log10, gap=0.13)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xlabel("parameters left (%, log scale)")
 
     ax.set_yscale("function", functions=(_from_accuracy, _to_accuracy))
-    bars = [(p.accuracy, p.accuracy_sd if p.accuracy_sd < 5 else 0) for p in points if not _has_collapsed(p, half)]
+    bars = [(p.accuracy, p.accuracy_sd if p.accuracy_sd < 5 else 0) for p in working]
     ends = _from_accuracy(np.array([mean + sign * sd for mean, sd in bars for sign in (-1, 1)]))
     middle, room = (ends.max() + ends.min()) / 2, max(ends.max() - ends.min(), 0.02)
     low, high = middle - 0.58 * room, middle + 0.58 * room
     ticks = _spaced(_TICKS_ACCURACY, _to_accuracy(np.array([low, high])), _from_accuracy, gap=0.11)
     labels = [f"{tick:g}" for tick in ticks]
-    if any(_has_collapsed(point, half) for point in points):
+    if len(working) < len(points):
         ax.axhline(float(_to_accuracy(low)), color="0.6", linewidth=0.6, dashes=(4, 3))
         low -= _STRIP / (1 - _STRIP) * (high - low)
         ticks.append(float(_to_accuracy(low + _STRIP / 2 * (high - low))))
@@ -165,8 +167,8 @@ def _draw(ax: Axes, line: Sequence[Point], half: float, colour: str, marker: str
     alive = sorted((p for p in line if not _has_collapsed(p, half)), key=lambda point: point.compression)
     for point in (point for point in line if _has_collapsed(point, half)):
         ax.plot(
-            _left(point), _STRIP / 2, color=colour, marker=marker, linestyle="none", zorder=3,
-            transform=ax.get_xaxis_transform(), **_face(colour, looks),
+            max(_left(point), 1.1 * ax.get_xlim()[1]), _STRIP / 2, color=colour, marker=marker, linestyle="none",
+            zorder=3, transform=ax.get_xaxis_transform(), **_face(colour, looks),
         )  # fmt: skip
     if not alive:
         return

@@ -1,5 +1,6 @@
 """What a network costs: parameters (of a real one, or of one still masked), floating-point operations, time."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -89,10 +90,12 @@ def cost_log_odds(
         For each site a tensor of shape ``(size,)``, to give to an evidence criterion as ``prior_log_odds``.
 
     Raises:
-        ValueError: If ``cost`` is neither.
+        ValueError: If ``cost`` is neither, or ``mean`` not a finite number.
     """
     if cost not in ("parameters", "flops"):
         raise ValueError(f'cost must be "parameters" or "flops", but got {cost!r}')
+    if not (isinstance(mean, int | float) and math.isfinite(mean)):
+        raise ValueError(f"mean must be a finite number, but got {mean!r}")
     totals = _parameters_by_side(net) if cost == "parameters" else _flops_by_side(net, example_input)
     costs = {}
     for site, parts in find_structures(net, example_input[:2]).items():
@@ -124,7 +127,7 @@ def cost_kl_weights(
         For each site a number, to give to a model as ``kl_weight``.
 
     Raises:
-        ValueError: If ``cost`` is neither.
+        ValueError: If ``cost`` is neither, or ``mean`` not a finite number.
     """
     return {site: each.mean().item() for site, each in cost_log_odds(net, example_input, mean, cost).items()}
 

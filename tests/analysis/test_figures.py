@@ -134,6 +134,9 @@ def test_collapsed_networks_do_not_stretch_the_axis():
     assert "fail" in [label.get_text() for label in ax.get_yticklabels()]
     ticks = [float(label.get_text()) for label in ax.get_yticklabels() if label.get_text() != "fail"]
     assert min(ticks) > 92
+    assert ax.get_xlim()[1] > 2  # % of the parameters: the one at 1 % has failed
+    half_failed = tradeoff([result(*MNIST, "SNR", seed, 90, value, "ours") for seed, value in enumerate((98, 11))])
+    assert np.isfinite(half_failed.axes[0].get_ylim()).all()
     alone = tradeoff([result("lenet5", "digits", "BMRS_N", 0, 90, 100.0)]).axes[0]
     assert "fail" not in [label.get_text() for label in alone.get_yticklabels()]
     assert np.isfinite(alone.get_ylim()).all()

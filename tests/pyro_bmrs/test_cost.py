@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from nets import NETWORKS, build, random_masks
@@ -51,3 +53,10 @@ def test_weights_of_the_kl_are_a_price_per_parameter(name):
     assert mean == pytest.approx(3.0)
     with pytest.raises(ValueError, match="'watts'"):
         bmrs.cost_kl_weights(model.net, x, 3.0, cost="watts")
+
+
+@pytest.mark.parametrize("mean", [math.nan, math.inf, "parameters"])
+def test_a_mean_that_is_no_number_is_refused(mean):
+    model, _, x = build("mlp")
+    with pytest.raises(ValueError, match="mean must be a finite number"):
+        bmrs.cost_kl_weights(model.net, x, mean)
