@@ -49,6 +49,15 @@ def test_other_settings_than_the_recipes_are_rows_of_their_own():
     assert [row[4] for row in table.rows] == ["80.00 / 70.00 (1)", ""]
 
 
+def test_rows_are_in_the_order_of_their_numbers():
+    methods = [f"BMRS_U-{p1}" for p1 in (12, 9)]
+    results = [result(method, 0, 0.9, 0.98, recipe="ours") for method in methods]
+    results += [result("SNR", 0, 0.9, 0.98, recipe="ours", kl_weight=weight) for weight in (280, 45, 7.5)]
+    (table,) = tabulate(results)
+    order = [f"SNR (kl_weight {weight})" for weight in (7.5, 45, 280)]
+    assert [row[1] for row in table.rows] == [*order, "BMRS_U-9", "BMRS_U-12"]
+
+
 def peer(method, seed, budget, widths=(), **settings):
     return result(method, seed, 0.9, 0.98, recipe="peers", budget=budget, widths=widths, **settings)
 
