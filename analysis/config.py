@@ -47,6 +47,8 @@ class RunConfig:
         ranking: How it ranks structures, see ``analysis.peers.train_peer``.
         kl_by_cost: Whether ``kl_weight`` is a mean, each site's own in proportion to the parameters that one of its
             structures costs, see ``cost_kl_weights``.
+        kl_priced_at: How many structures each noise layer has, in their order, in the network in which they cost that;
+            by default those of the whole network.
         widths: Structures at each noise layer, in their order, of the network that ``"scratch"`` trains.
         pixels: What black and white are to the network.
         best_of: Of how many epochs at the end that with the best validation accuracy counts; 0 is the last one.
@@ -81,13 +83,17 @@ class RunConfig:
     widths: tuple[int, ...] = ()
     pixels: tuple[float, float] = (0.0, 1.0)
     best_of: int = 0
+    kl_priced_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids
             value = getattr(self, field.name)
             if type(value) is int and (field.type is float or float in get_args(field.type)):
                 object.__setattr__(self, field.name, float(value))
-        object.__setattr__(self, "widths", tuple(self.widths))  # JSON has made lists of them
+        for name in ("widths", "kl_priced_at"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has made lists of them
+        if self.kl_priced_at and not self.kl_by_cost:
+            raise ValueError("kl_priced_at says at which widths structures have their price, which needs kl_by_cost")
         if len(self.pixels) != 2:
             raise ValueError(f"pixels must be two numbers, what black and white are, but got {self.pixels!r}")
         object.__setattr__(self, "pixels", tuple(float(value) for value in self.pixels))

@@ -1,6 +1,7 @@
 """Runs with noise: structures removed while training, or afterwards."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from analysis.recipes import criterion
 from analysis.reference_count import reference_compression
 from analysis.run import evaluate, short_history
 from pyro_bmrs.data import to_input
+from pyro_bmrs.noise import noise_layers
 
 __all__ = ["execute_continuous", "execute_post_training"]
 
@@ -103,9 +105,18 @@ def _program(
     if isinstance(kl_weight, str):
         kl_weight = bmrs.reference_kl_weights(net, len(images))
     elif config.kl_by_cost:
-        kl_weight = bmrs.cost_kl_weights(net, to_input(images[:2]).cpu(), kl_weight)
+        masks = _left(net, config.kl_priced_at) if config.kl_priced_at else None
+        kl_weight = bmrs.cost_kl_weights(net, to_input(images[:2]).cpu(), kl_weight, masks=masks)
     model = bmrs.NoisyNetwork(net, num_data=len(images), kl_weight=kl_weight)
     return model, bmrs.TruncatedLogNormalGuide(model)
+
+
+def _left(net: nn.Module, widths: Sequence[int]) -> dict[str, Tensor]:
+    """Return masks that leave so many structures of each noise layer."""
+    layers = noise_layers(net)
+    if len(widths) != len(layers):
+        raise ValueError(f"kl_priced_at must have a number for each of the sites {list(layers)}, but is {widths}")
+    return {site: torch.arange(layer.size) < width for (site, layer), width in zip(layers.items(), widths, strict=True)}
 
 
 def _fit(

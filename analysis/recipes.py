@@ -57,6 +57,7 @@ class _Ours:
     lr: float
     posterior_lr: float
     kl_by_cost: bool = False
+    kl_priced_at: tuple[int, ...] = ()
 
 
 _OURS: dict[tuple[str, str], _Ours] = {
@@ -139,7 +140,7 @@ def make_config(
     else:
         epochs, tuning = _given(epochs, ours.epochs), _given(fine_tune_epochs, ours.fine_tune_epochs)
         specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning)
-        own = ("kl_weight", "kl_by_cost", "batch_size", "lr", "posterior_lr")
+        own = ("kl_weight", "kl_by_cost", "kl_priced_at", "batch_size", "lr", "posterior_lr")
         specific |= {name: getattr(ours, name) for name in own}
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
@@ -199,6 +200,7 @@ def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
         "posterior_lr": settings["lr"],
         "kl_weight": 1.0,
         "kl_by_cost": False,
+        "kl_priced_at": (),
         "kl_warmup_epochs": 0,
         "granularity": "example",
         "pruning": "continuous",

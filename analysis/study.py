@@ -93,6 +93,8 @@ class Study:
     posterior_lr: float | None = None
     kl_by_cost: bool | None = None
     """Whether the KL is weighted by what a site's structures cost."""
+    kl_priced_at: tuple[int, ...] | None = None
+    """How many structures each noise layer has in the network in which they cost that, in their order."""
     prior_log_odds: float | None = None
     pruning: Pruning | None = None
     ranking: Literal["layer", "network"] = "layer"
@@ -154,6 +156,7 @@ def configurations(study: Study) -> list[RunConfig]:
         "lr",
         "posterior_lr",
         "kl_by_cost",
+        "kl_priced_at",
         "prior_log_odds",
         "pruning",
     )

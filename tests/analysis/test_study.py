@@ -70,9 +70,24 @@ def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
         Store(tmp_path).write(config, {})
         assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
     left_out = set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"])
-    assert left_out == {"budget", "ranking", "kl_by_cost", "widths", "pixels", "best_of"}
+    assert left_out == {"budget", "ranking", "kl_by_cost", "widths", "pixels", "best_of", "kl_priced_at"}
     assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
+
+
+def test_the_kl_may_be_priced_at_other_widths(tmp_path):
+    config = make_config("digits", "mlp", "BMRS_N", "ours", 0, epochs=1, fine_tune_epochs=0, kl_by_cost=True)
+    execution = Execution(work=tmp_path)
+    at_full_size = execute(config, execution)
+    priced = execute(replace(config, kl_priced_at=(20, 20, 20)), execution)
+    assert priced["accuracy_validation"] != at_full_size["accuracy_validation"]
+    same = execute(replace(config, kl_priced_at=(100, 100, 100)), execution)
+    assert without_times(same) == without_times(at_full_size)
+    with pytest.raises(ValueError, match="a number for each of the sites"):
+        execute(replace(config, kl_priced_at=(20, 20)), execution)
+    with pytest.raises(ValueError, match="needs kl_by_cost"):
+        replace(config, kl_by_cost=False, kl_priced_at=(20, 20, 20))
+    assert dense_of(replace(config, kl_priced_at=(20, 20, 20))) == dense_of(config)
 
 
 def test_peers_train_as_long_as_ours_without_noise():

@@ -55,6 +55,36 @@ def test_weights_of_the_kl_are_a_price_per_parameter(name):
         bmrs.cost_kl_weights(model.net, x, 3.0, cost="watts")
 
 
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "batch_norm", "noise_on_inputs"])
+def test_prices_are_those_of_the_network_that_masks_leave(name):
+    model, _, x = build(name)
+    masks = random_masks(model)
+    structures = bmrs.find_structures(model.net, x)
+    before = bmrs.count_parameters(model.net, structures, masks)
+    saved = {}  # by removing one more, on average over those that are left
+    for site, mask in masks.items():
+        without = [{**masks, site: mask & (torch.arange(len(mask)) != i)} for i in mask.nonzero().flatten().tolist()]
+        counts = [bmrs.count_parameters(model.net, structures, each) for each in without]
+        saved[site] = before - sum(counts) / len(counts)
+    weights = bmrs.cost_kl_weights(model.net, x, 3.0, masks=masks)
+    prices = torch.tensor([weights[site] / saved[site] for site in masks])
+    torch.testing.assert_close(prices, prices[:1].expand_as(prices))
+    left = {site: int(mask.sum()) for site, mask in masks.items()}
+    assert sum(weights[site] * count for site, count in left.items()) / sum(left.values()) == pytest.approx(3.0)
+
+
+def test_masks_that_give_no_price_are_refused():
+    model, _, x = build("mlp")
+    masks = {site: torch.ones(size, dtype=torch.bool) for site, size in model.sizes.items()}
+    site = next(iter(masks))
+    everything = bmrs.cost_kl_weights(model.net, x, 3.0)
+    assert bmrs.cost_kl_weights(model.net, x, 3.0, masks=masks) == pytest.approx(everything)
+    with pytest.raises(ValueError, match=f"{site} keeps none"):
+        bmrs.cost_kl_weights(model.net, x, 3.0, masks={**masks, site: torch.zeros_like(masks[site])})
+    with pytest.raises(ValueError, match="one entry for each structure"):
+        bmrs.cost_kl_weights(model.net, x, 3.0, masks={site: masks[site]})
+
+
 @pytest.mark.parametrize("mean", [math.nan, math.inf, "parameters"])
 def test_a_mean_that_is_no_number_is_refused(mean):
     model, _, x = build("mlp")
