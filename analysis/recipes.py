@@ -70,8 +70,8 @@ _OURS: dict[tuple[str, str], _Ours] = {
     ("lenet5", "fashion_mnist"): _Ours(70, 50, 10, 128, 3e-3, 0.01),
     ("lenet5", "cifar10"): _Ours(50, 25, 5, 64, 1e-3, 0.01),
     ("lenet5", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
-    ("lenet5_caffe", "mnist"): _Ours(100, 50, 10, 128, 3e-3, 0.01),
-    ("lenet5_caffe", "fashion_mnist"): _Ours(100, 50, 10, 128, 3e-3, 0.01),
+    ("lenet5_caffe", "mnist"): _Ours(40, 30, 30, 64, 2e-3, 0.01, kl_by_cost=True, kl_priced_at=(6, 9, 53, 13)),
+    ("lenet5_caffe", "fashion_mnist"): _Ours(40, 30, 30, 64, 2e-3, 0.01, kl_by_cost=True, kl_priced_at=(6, 9, 53, 13)),
     ("lenet5_caffe", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
 }
 
