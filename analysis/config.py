@@ -92,6 +92,8 @@ class RunConfig:
                 object.__setattr__(self, field.name, float(value))
         for name in ("widths", "kl_priced_at"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has made lists of them
+        if self.kl_by_cost and isinstance(self.kl_weight, str):
+            raise ValueError(f"kl_by_cost needs a number as kl_weight, the mean, but that is {self.kl_weight!r}")
         if self.kl_priced_at and not self.kl_by_cost:
             raise ValueError("kl_priced_at says at which widths structures have their price, which needs kl_by_cost")
         if len(self.pixels) != 2:

@@ -87,6 +87,8 @@ def test_the_kl_may_be_priced_at_other_widths(tmp_path):
         execute(replace(config, kl_priced_at=(20, 20)), execution)
     with pytest.raises(ValueError, match="needs kl_by_cost"):
         replace(config, kl_by_cost=False, kl_priced_at=(20, 20, 20))
+    with pytest.raises(ValueError, match="kl_by_cost needs a number"):
+        replace(config, kl_weight="reference")
     assert dense_of(replace(config, kl_priced_at=(20, 20, 20))) == dense_of(config)
 
 
