@@ -1,9 +1,9 @@
 """Runs with noise: structures removed while training, or afterwards."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +35,8 @@ def execute_continuous(config: RunConfig, execution: Execution, net: nn.Module, 
     shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
     folder = work_folder(config, execution)
     best = BestEpoch({"model": model, "guide": guide}, config.best_of, folder)
-    result = _fit(
-        model,
-        guide,
-        split,
-        config,
-        execution,
-        folder,
+    result = _fit(config, execution, model, guide, split)(
+        folder=folder,
         criterion=criterion(config),
         pruning=bmrs.Continuous(start=config.prune_from, stop=config.prune_until, shrink=shrink),
         epochs=config.epochs,
@@ -56,31 +51,17 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
     """Rank and remove after a training that all criteria share, in a folder that they share too."""
     dense = copy.deepcopy(net).to(split.train[0].device)
     model, guide = _program(config, net, split.train[0])
+    fit = _fit(config, execution, model, guide, split)
     shared_folder = work_folder(shared_training(config), execution)
     with only_here(shared_folder):
-        trained = _fit(
-            model,
-            guide,
-            split,
-            config,
-            execution,
-            shared_folder,
-            criterion=None,
-            epochs=config.epochs,
-            fine_tune_epochs=0,
-        )
+        trained = fit(folder=shared_folder, criterion=None, epochs=config.epochs, fine_tune_epochs=0)
     scores = _scores(model, guide, config, split)
     chosen, judge = scores[config.method], criterion(config)
     assert judge is not None
     line = (chosen >= 0).double().mean().item() if config.method.startswith(_OF_POSTERIORS) else None
     levels = LEVELS if line is None else tuple(sorted({*LEVELS, line}))
-    result = _fit(
-        model,
-        guide,
-        split,
-        config,
-        execution,
-        work_folder(config, execution),
+    result = fit(
+        folder=work_folder(config, execution),
         criterion=judge,
         pruning=bmrs.PostTraining(levels=tuple(level for level in levels if level > 0), stop=False),
         epochs=0,
@@ -120,15 +101,11 @@ def _left(net: nn.Module, widths: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _fit(
-    model: bmrs.NoisyNetwork,
-    guide: bmrs.TruncatedLogNormalGuide,
-    split: Split,
-    config: RunConfig,
-    execution: Execution,
-    folder: Path,
-    **phase: Any,
-) -> bmrs.FitResult:
-    return bmrs.fit(
+    config: RunConfig, execution: Execution, model: bmrs.NoisyNetwork, guide: bmrs.TruncatedLogNormalGuide, split: Split
+) -> Callable[..., bmrs.FitResult]:
+    """Return a fit that lacks what one phase of a run has of its own."""
+    return partial(
+        bmrs.fit,
         model,
         guide,
         split.train,
@@ -143,10 +120,8 @@ def _fit(
         compile=execution.compile,
         seed=config.seed,
         progress=False,
-        folder=folder,
         checkpoint_every=execution.checkpoint_every,
         resume=True,
-        **phase,
     )
 
 
