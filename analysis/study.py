@@ -95,6 +95,8 @@ class Study:
     """Whether the KL is weighted by what a site's structures cost."""
     kl_priced_at: tuple[int, ...] | None = None
     """How many structures each noise layer has in the network in which they cost that, in their order."""
+    pixels: tuple[float, float] | None = None
+    """What black and white are to the network."""
     prior_log_odds: float | None = None
     pruning: Pruning | None = None
     ranking: Literal["layer", "network"] = "layer"
@@ -157,6 +159,7 @@ def configurations(study: Study) -> list[RunConfig]:
         "posterior_lr",
         "kl_by_cost",
         "kl_priced_at",
+        "pixels",
         "prior_log_odds",
         "pruning",
     )
