@@ -147,6 +147,14 @@ def test_the_dense_network_is_one_run_whatever_the_settings_of_noise():
     assert both[0].epochs == both[1].epochs + both[1].fine_tune_epochs
 
 
+def test_dense_networks_and_peers_see_the_pixels_that_ours_does():
+    ours = make_config("cifar10", "lenet5", "BMRS_N", "ours", 0)
+    assert ours.pixels == (-1.9, 2.1)
+    assert dense_of(ours).pixels == make_config("cifar10", "lenet5", "tp_taylor", "peers", 0).pixels == ours.pixels
+    given = configurations(Study(methods=("none", "SNR"), recipes=("ours",), networks=("mlp",), pixels=(-1.0, 1.0)))
+    assert [config.pixels for config in given] == [(-1, 1)] * 2
+
+
 def test_axes_and_settings_can_be_replaced():
     only = configurations(Study(grid="table1", datasets=("digits",), networks=("lenet5",), methods=("BMRS_U-12",),
                                 seeds=(7,), recipes=("ours",), epochs=3, lr=0.1, kl_weight=(5.0,)))  # fmt: skip
