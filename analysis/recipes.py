@@ -67,6 +67,7 @@ _OURS: dict[tuple[str, str], _Ours] = {
     ("mlp", "fashion_mnist"): _Ours(6, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
     ("mlp", "cifar10"): _Ours(12, 40, 20, 128, 3e-4, 0.01, kl_by_cost=True),
     ("mlp_inputs", "mnist"): _Ours(5, 40, 20, 128, 8.5e-4, 50 * 8.5e-4),
+    ("mlp_inputs", "cifar10"): _Ours(3, 40, 20, 64, 3e-4, 0.01, kl_by_cost=True),
     ("mlp", "digits"): _Ours(2, 60, 20, 64, 4e-3, 0.2),
     ("lenet5", "mnist"): _Ours(70, 50, 10, 128, 3e-3, 0.01),
     ("lenet5", "fashion_mnist"): _Ours(70, 50, 10, 128, 3e-3, 0.01),
