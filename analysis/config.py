@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -96,8 +97,8 @@ class RunConfig:
             raise ValueError(f"kl_by_cost needs a number as kl_weight, the mean, but that is {self.kl_weight!r}")
         if self.kl_priced_at and not self.kl_by_cost:
             raise ValueError("kl_priced_at says at which widths structures have their price, which needs kl_by_cost")
-        if len(self.pixels) != 2:
-            raise ValueError(f"pixels must be two numbers, what black and white are, but got {self.pixels!r}")
+        if len(self.pixels) != 2 or len(set(self.pixels)) == 1 or not all(map(math.isfinite, self.pixels)):
+            raise ValueError(f"pixels must be two numbers that differ, black's and white's, but got {self.pixels!r}")
         object.__setattr__(self, "pixels", tuple(float(value) for value in self.pixels))
 
     @property

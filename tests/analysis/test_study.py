@@ -48,8 +48,9 @@ def results_of(config):
 def test_ids_are_stable_and_distinct():
     config = make_config("mnist", "lenet5", "BMRS_N", "paper", 0)
     assert replace(config, pixels=(0, 1), best_of=0).id == "3046f10ba734"
-    with pytest.raises(ValueError, match="pixels must be two numbers"):
-        replace(config, pixels=(1,))
+    for pixels in ((1,), (1, 1), (0, float("nan"))):
+        with pytest.raises(ValueError, match="pixels must be two numbers that differ"):
+            replace(config, pixels=pixels)
     grid = configurations(Study(grid="table1", datasets=("mnist", "cifar10"), seeds=(0, 1)))
     assert len({config.id for config in grid}) == len(grid) == 2 * 2 * 2 * 2 * 7
     assert replace(config, kl_weight=30) == replace(config, kl_weight=30.0)
