@@ -53,6 +53,7 @@ class RunConfig:
         widths: Structures at each noise layer, in their order, of the network that ``"scratch"`` trains.
         pixels: What black and white are to the network.
         best_of: Of how many epochs at the end that with the best validation accuracy counts; 0 is the last one.
+        match_by: What a criterion that only ranks removes as many of as BMRS_N would.
     """
 
     dataset: str
@@ -85,6 +86,7 @@ class RunConfig:
     pixels: tuple[float, float] = (0.0, 1.0)
     best_of: int = 0
     kl_priced_at: tuple[int, ...] = ()
+    match_by: Literal["parameters", "structures"] = "parameters"
 
     def __post_init__(self) -> None:
         for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids

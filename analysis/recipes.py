@@ -14,6 +14,7 @@ from pyro_bmrs import BMRS_N, BMRS_U, SNR, Criterion, GradientWeightNorm, Poster
 __all__ = ["criterion", "dense_of", "make_config"]
 
 _EVIDENCE = re.compile(r"BMRS_N|BMRS_U-(\d+)")
+_RANKINGS = ("L2", "gradient")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def make_config(
     if recipe == "paper":
         epochs, tuning = _given(epochs, 50), _given(fine_tune_epochs, 10)
         specific = _paper(method, network, epochs, 0 if pruning == "post-training" else tuning)
+        if method in _RANKINGS and pruning == "continuous":  # as many structures as BMRS_N has removed in the end
+            specific |= {"prune_from": epochs, "match_by": "structures"}
         specific |= {"batch_size": setting.batch_size, "lr": setting.lr, "posterior_lr": setting.lr}
         specific |= {
             "pixels": _PAPER_PIXELS.get(dataset, (-1, 1)),
@@ -171,7 +174,7 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dic
         "prune_from": 1,
         "prune_until": epochs,
         # Its BMRS_N, which L2 and gradient norm are matched to, lacks a term of eq. 8; its BMRS_U lacks none.
-        "prior_log_odds": bmrs_n_reference.prior_log_odds if method in ("BMRS_N", "L2", "gradient") else 0.0,
+        "prior_log_odds": bmrs_n_reference.prior_log_odds if method in ("BMRS_N", *_RANKINGS) else 0.0,
         "p2": 23.0,
         "noise_before_pool": network == "lenet5",
     }
@@ -179,7 +182,7 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dic
 
 def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
     """Return our other settings, written out so that an id does not change its meaning when a default does."""
-    judged = method in ("L2", "gradient") or _EVIDENCE.fullmatch(method)
+    judged = method in _RANKINGS or _EVIDENCE.fullmatch(method)
     return {
         "epochs": epochs,
         "fine_tune_epochs": fine_tune_epochs,
@@ -212,6 +215,7 @@ def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
         "prior_log_odds": 0.0,
         "p2": None,
         "noise_before_pool": False,
+        "match_by": "parameters",
     }
 
 
@@ -220,8 +224,8 @@ def criterion(config: RunConfig) -> Criterion | None:
     matched = BMRS_N(prior_log_odds=config.prior_log_odds)
     fixed: dict[str, Criterion | None] = {
         **dict.fromkeys(("none", *PEERS)),
-        "L2": WeightNorm(match=matched),
-        "gradient": GradientWeightNorm(match=matched),
+        "L2": WeightNorm(matched, match_by=config.match_by),
+        "gradient": GradientWeightNorm(matched, match_by=config.match_by),
         "E[theta]": PosteriorMean(0.1),
         "SNR": SNR(1.0),
         "BMRS_N": matched,

@@ -1,14 +1,14 @@
 """What to remove first: one protocol for evidence, signal-to-noise, norms, gradients and chance.
 
 Every criterion gives each structure a score, **higher = remove first**. Most have a decision line of their own and
-shift the score so that it lies at 0: remove where ``score >= 0``. The others only rank, and remove as many parameters
-as another criterion would.
+shift the score so that it lies at 0: remove where ``score >= 0``. The others only rank, and remove as much as another
+criterion would.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 Scores = dict[str, Tensor]
+_MatchBy = Literal["parameters", "structures"]
 
 
 @dataclass(frozen=True)
@@ -194,20 +195,29 @@ class PosteriorMean(_ThresholdCriterion):
 
 @dataclass(frozen=True)
 class RankingCriterion(Criterion):
-    """A criterion without a decision line: it removes as many parameters as ``match`` would.
+    """A criterion without a decision line: it removes as much as ``match`` would.
 
     Args:
         match: The criterion whose compression is matched.
+        match_by: What is counted. ``"parameters"``: remove the fewest highest-scoring structures that leave no more
+            parameters than ``match`` would. ``"structures"``: remove as many as ``match`` would, however small, as the
+            paper's reference code does.
+
+    Raises:
+        ValueError: If ``match_by`` is neither.
     """
 
     match: Criterion = BMRS_N()
+    match_by: _MatchBy = field(default="parameters", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.match_by not in get_args(_MatchBy):
+            raise ValueError(f"match_by must be one of {get_args(_MatchBy)}, but got {self.match_by!r}")
 
     def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
-        """Return the fewest highest-scoring structures whose removal leaves no more parameters than ``match`` would."""
-        masks = context.model.masks
+        """Return for each site which of the remaining structures go: the highest-scoring, as many as match."""
         matched = self.match.supported(context)
-        target = _parameters_without(context, matched)
-        flat_keep = torch.cat(list(masks.values()))
+        flat_keep = torch.cat(list(context.model.masks.values()))
         scores = self.scores(context) if scores is None else scores
         flat = torch.cat(list(scores.values())).masked_fill(~flat_keep, -math.inf)
         order = flat.nan_to_num(nan=-math.inf).argsort(descending=True)
@@ -217,6 +227,9 @@ class RankingCriterion(Criterion):
             chosen[order[:count]] = True
             return context.guide.split(chosen)
 
+        if self.match_by == "structures":
+            return first(sum(int(removed.sum()) for removed in matched.values()))
+        target = _parameters_without(context, matched)
         low, high = 0, int(flat_keep.sum())
         while low < high:
             middle = (low + high) // 2

@@ -71,7 +71,7 @@ def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
         Store(tmp_path).write(config, {})
         assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
     left_out = set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"])
-    assert left_out == {"budget", "ranking", "kl_by_cost", "widths", "pixels", "best_of", "kl_priced_at"}
+    assert left_out == {"budget", "ranking", "kl_by_cost", "widths", "pixels", "best_of", "kl_priced_at", "match_by"}
     assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
 
@@ -132,7 +132,10 @@ def test_the_papers_recipe_is_the_references():
     )
     assert (config.batch_size, config.lr, config.posterior_lr, config.noise_before_pool) == (128, 1.4e-3, 1.4e-3, True)
     assert criterion(config) == bmrs_n_reference
-    assert criterion(replace(config, method="L2")) == WeightNorm(match=bmrs_n_reference)
+    ranked = make_config("mnist", "lenet5", "L2", "paper", 0)
+    assert criterion(ranked) == WeightNorm(bmrs_n_reference, match_by="structures")
+    assert (ranked.epochs, ranked.prune_from, ranked.prune_until) == (60, 50, 50)
+    assert dense_of(ranked) == dense_of(config)
     assert criterion(make_config("mnist", "mlp", "BMRS_U-4", "paper", 0)) == BMRS_U(4, 23)
     assert make_config("mnist", "mlp", "SNR", "paper", 0, epochs=6, fine_tune_epochs=2).prune_until == 6
     assert (config.pixels, config.best_of) == ((-127 / 255, 128 / 255), 10)

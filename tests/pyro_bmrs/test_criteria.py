@@ -95,6 +95,24 @@ def test_rankings_match_the_compression_of_another_criterion(kind, context):
     assert 0 <= parameters(match) - parameters(kind(match=match)) < 0.06 * dense
 
 
+@pytest.mark.parametrize("kind", [bmrs.WeightNorm, bmrs.GradientWeightNorm, bmrs.Random])
+def test_rankings_can_match_the_number_of_structures(kind, context):
+    match = bmrs.BMRS_N(prior_log_odds=math.log(3))
+    ranking = kind(match, match_by="structures")
+    removed = torch.cat(list(ranking.supported(context).values()))
+    scores = torch.cat(list(ranking.scores(context).values()))
+    keep = torch.cat(list(context.model.masks.values()))
+    expected = sum(int(each.sum()) for each in match.supported(context).values())
+    assert 0 < expected == int(removed.sum()) < int(keep.sum())
+    assert not bool((removed & ~keep).any())
+    assert scores[removed].min() >= scores[keep & ~removed].max()
+
+
+def test_rankings_match_parameters_or_structures_and_nothing_else():
+    with pytest.raises(ValueError, match="match_by must be one of"):
+        bmrs.WeightNorm(match_by="flops")
+
+
 def test_weight_norm_is_the_norm_of_incoming_weights(context):
     scores = bmrs.WeightNorm().scores(context)
     torch.testing.assert_close(
