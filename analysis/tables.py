@@ -250,10 +250,10 @@ def _provenance(results: Sequence[Result]) -> str:
     for what, values in (
         ("Machines", (result["device"] for result in results)),
         ("Versions", (", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results)),
-        ("Commands", (f"`{result['command']}`" for result in results)),
     ):
         lines.append(f"{what}: {'; '.join(dict.fromkeys(values))}.")
-    return "\n\n".join(lines)
+    commands = sorted({result["command"] for result in results})
+    return "\n\n".join([*lines, "Commands:", "\n".join(f"- `{command}`" for command in commands)])
 
 
 @dataclass(frozen=True)
