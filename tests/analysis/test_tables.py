@@ -124,7 +124,8 @@ def test_markdown_and_latex(tmp_path):
     assert r"paper & $\mathrm{E}[\theta]$ & 50.00 $\pm$ 0.00 / 90.00" in latex(tables)
     text = write_tables(results, tmp_path / "results", "table1")
     assert (tmp_path / "results" / "table1.md").read_text() == text
-    for words in ("2 runs, 2026-01-01 to 2026-01-02", "Machines: cpu: x", "torch 2.13.0", "\n- `python -m analysis.study`\n"):
+    about = ("2 runs, 2026-01-01 to 2026-01-02", "Machines: cpu: x", "torch 2.13.0", "\n- `python -m analysis.study`\n")
+    for words in about:
         assert words in text
     source = (tmp_path / "results" / "table1.tex").read_text()
     assert source.count("{") == source.count("}")
