@@ -109,25 +109,29 @@ def post_training(results: Results) -> Figure:
     """Draw accuracy against compression of networks pruned after training (the paper's figures 2 and 5).
 
     A line is the mean over seeds at each level, its band a standard deviation; a marker the mean of the points where
-    the criterion stops, the small ones around it those of single seeds.
+    the criterion stops, the small ones around it those of single seeds. Below, the same where criteria stop, without
+    those that stop at less than half of the best accuracy.
 
     Args:
         results: Those with a ``curve`` (columns ``level``, ``compression`` and ``accuracy_test``) and a
             ``stop_level``, at or near which the curve has a point, or None where the criterion does not stop.
     """
     cells = panels(results)
-    figure, grid = panel_grid(len(cells), height=2.2)
+    figure, grid = panel_grid(len(cells), height=3.6, rows_each=2)
     methods = set()
-    for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
+    for (whole, knee), (cell, members) in zip(grid, cells.items(), strict=True):
         for group in seed_groups(members):
             methods.add(group[0]["config"]["method"])
-            _curve(ax, group)
-        ax.set_title(panel_title(*cell))
-        ax.set_xlabel("parameters removed (%)")
-        ax.set_xlim(0, 101)
-        ax.set_ylim(0, 102 if ax.get_ylim()[1] > 80 else None)
-        if is_left(ax):
-            ax.set_ylabel("test accuracy (%)")
+            for ax in (whole, knee):
+                _curve(ax, group)
+        whole.set_title(panel_title(*cell))
+        whole.set_xlim(0, 101)
+        whole.set_ylim(0, 102 if whole.get_ylim()[1] > 80 else None)
+        _close_in(knee, members)
+        knee.set_xlabel("parameters removed (%)")
+        if is_left(whole):
+            for ax in (whole, knee):
+                ax.set_ylabel("test accuracy (%)")
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
         for method, look in METHODS.items()
@@ -148,19 +152,34 @@ def _curve(ax: Axes, group: Results) -> None:
     mean, sd = accuracy.mean(0), accuracy.std(0, ddof=1) if len(group) > 1 else 0.0
     ax.plot(removed.mean(0), mean, color=look.colour)
     ax.fill_between(removed.mean(0), mean - sd, mean + sd, color=look.colour, alpha=0.18, linewidth=0)
-    stops = np.array(
-        [
-            [100 * curve[key][np.abs(curve["level"] - result["stop_level"]).argmin()] for key in columns]
-            for result, curve in zip(group, curves, strict=True)
-            if result["stop_level"]  # neither None nor 0: the curve begins with the first structure that goes
-        ]
-    )
+    stops = _stops(group)
     if len(stops):
         ax.plot(*stops.T, linestyle="none", marker=look.marker, markersize=2.5, color=look.colour, alpha=0.6, zorder=4)
         ax.plot(
             *stops.mean(0), marker=look.marker, markersize=7, color=look.colour, markeredgecolor="black",
             markeredgewidth=0.8, zorder=5,
         )  # fmt: skip
+
+
+def _stops(results: Results) -> NDArray[np.float64]:
+    """Return where runs stop, ``(n, 2)``: % removed and accuracy, of those whose criterion does."""
+    found = []
+    for result in results:
+        if level := result["stop_level"]:  # neither None nor 0: the curve begins with the first structure that goes
+            curve = result["curve"]
+            nearest = np.abs(np.array(curve["level"]) - level).argmin()
+            found.append([100 * curve["compression"][nearest], 100 * curve["accuracy_test"][nearest]])
+    return np.array(found).reshape(-1, 2)
+
+
+def _close_in(ax: Axes, results: Results) -> None:
+    """Set limits around the points where criteria stop that work; if there are none, the curves' own remain."""
+    stops, best = _stops(results), max(100 * max(result["curve"]["accuracy_test"]) for result in results)
+    stops = stops[stops[:, 1] >= best / 2]
+    if len(stops):
+        (left, low), (right, high) = stops.min(0), stops.max(0)
+        ax.set_xlim(max(left - 4, 0), min(right + 4, 101))
+        ax.set_ylim(low - max(0.4 * (high - low), 0.3), high + max(0.4 * (high - low), 0.3))
 
 
 def rank_heatmaps(results: Results) -> Figure:

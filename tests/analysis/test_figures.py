@@ -157,6 +157,19 @@ def test_after_training_the_stop_is_marked_where_the_curve_passes_it():
     assert len(figures.post_training(unstopped).axes[0].lines) == 1
 
 
+def test_below_the_curves_those_stops_that_work_are_seen_closely():
+    curve = {"level": [0.5, 0.6, 0.9], "compression": [0.6, 0.7, 0.95], "accuracy_test": [0.99, 0.98, 0.1]}
+    runs = [
+        result(*MNIST, method, 0, 95, 10, pruning="post-training", curve=curve, stop_level=stop)
+        for method, stop in (("BMRS_N", 0.5), ("BMRS_U-8", 0.6), ("SNR", 0.9), ("L2", None))
+    ]
+    knee = figures.post_training(runs).axes[1]
+    for limits, low, high in ((knee.get_xlim(), 60, 70), (knee.get_ylim(), 98, 99)):
+        assert low - 10 < limits[0] < low < high < limits[1] < high + 10
+    without = figures.post_training(runs[3:]).axes[1]
+    assert np.isfinite([without.get_xlim(), without.get_ylim()]).all()
+
+
 def test_rank_correlations_of_one_fit_count_once():
     def run(method, seed, value):
         correlation = {"methods": ["SNR", "BMRS_N"], "spearman": [[1, value], [value, 1]]}
