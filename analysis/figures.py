@@ -209,7 +209,7 @@ def rank_heatmaps(results: Results) -> Figure:
         ax.set_title(panel_title(*cell))
     label = r"Spearman's $\rho$"
     if max(counts) > 1:
-        label += f", mean of {' or '.join(map(str, sorted(counts)))} fits"
+        label += f",\nmean of {' or '.join(map(str, sorted(counts)))} fits"
     figure.colorbar(image, ax=[ax for (ax,) in grid], label=label, fraction=0.03, pad=0.01, aspect=35)
     return figure
 

@@ -15,7 +15,7 @@ from analysis.tradeoff import summarise, tradeoff
 
 MNIST = ("lenet5", "mnist")
 ALL = [(network, dataset) for network in ("mlp", "lenet5") for dataset in ("mnist", "fashion_mnist", "cifar10")]
-CELLS = {"one": [MNIST], "four": [*ALL[:2], *ALL[3:5]], "five": ALL[1:]}
+CELLS = {"one": [MNIST], "three": ALL[1:4], "four": [*ALL[:2], *ALL[3:5]], "five": ALL[1:]}
 MAKERS = {
     "tradeoff": (tradeoff, continuous),
     "post_training": (figures.post_training, post_training),
@@ -53,14 +53,15 @@ def overlapping_texts(figure):
 @pytest.mark.parametrize("maker", MAKERS)
 def test_texts_do_not_overlap_and_axes_are_labelled(maker, cells):
     make, results = MAKERS[maker]
-    figure = make(results(CELLS[cells]))
+    runs = results(CELLS[cells])
+    figure = make([run for run in runs if run["config"]["seed"] == 0 or run["config"]["network"] == "mlp"])
     assert overlapping_texts(figure) == []
     if maker != "rank_heatmaps":
         assert any("accuracy (%)" in ax.get_ylabel() for ax in figure.axes)
         assert sum("(" in ax.get_xlabel() for ax in figure.axes) == len(CELLS[cells])
     box = figure.get_tightbbox()
     width, height = figure.get_size_inches()
-    assert (box.x0, box.y0, width - box.x1, height - box.y1) > (-0.02,) * 4
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0
 
 
 @pytest.mark.parametrize("count", [3, 4, 5])
