@@ -66,8 +66,9 @@ def tabulate(results: Iterable[Result]) -> list[Table]:
         if pruning == "continuous":  # as the published table is
             tables += _beside_published(title, group, paper.get(network, {}))
         else:
-            tables.append(_table(f"{title}, pruned after training", group, {}, _measured, _published))
-    return tables
+            stopped = [result for result in group if _point(result)]
+            tables.append(_table(f"{title}, pruned after training", stopped, {}, _measured, _published))
+    return [table for table in tables if table.rows]
 
 
 def _beside_published(title: str, group: Sequence[Result], paper: Mapping[str, Any]) -> list[Table]:
@@ -75,13 +76,12 @@ def _beside_published(title: str, group: Sequence[Result], paper: Mapping[str, A
     counted = [result for result in group if paper and "compression_reference" in result]
     known = [result for result in differences if _is_published(result, paper)]
     less = partial(_less_published, paper)
-    tables = [
+    return [
         _table(title, group, paper, _measured, _published),
         _table(f"{title}, accuracy against none", differences, paper, _changed, _published_change),
         _table(f"{title}, removed as the paper counts", counted, paper, _counted, _published_removed),
         _table(f"{title}, the paper's recipe less the paper", known, {}, less, _published),
     ]
-    return [table for table in tables if table.rows]
 
 
 def _table(
@@ -145,12 +145,12 @@ def _short(value: object) -> str:
 
 
 def _measured(results: Sequence[Result]) -> str:
-    points = [(point, result) for result in results if (point := _point(result)) is not None]
+    points = [point for result in results if (point := _point(result))]
     if not points:
         return ""
-    on_gpu = [result["device"].startswith("cuda") for _, result in points]
+    on_gpu = [result["device"].startswith("cuda") for result in results]
     mark = "†" if all(on_gpu) else "‡" if any(on_gpu) else ""
-    removed, accuracy = (_mean_and_sd([point[i] for point, _ in points]) for i in (0, 1))
+    removed, accuracy = (_mean_and_sd([point[i] for point in points]) for i in (0, 1))
     return f"{removed} / {accuracy} ({len(points)}){mark}"
 
 

@@ -114,7 +114,8 @@ def test_networks_and_ways_of_pruning_have_tables_of_their_own():
     tables = tabulate([after, never, result("SNR", 0, 0.5, 0.9, network="mlp_inputs")])
     assert [table.title for table in tables] == ["MLP with noise on its inputs too", "LeNet-5, pruned after training"]
     assert tables[1].head == ["recipe", "method", "MNIST"]
-    assert [row[1:] for row in tables[1].rows] == [["L2", ""], ["SNR", "40.00 / 80.00 (1)"]]
+    assert [row[1:] for row in tables[1].rows] == [["SNR", "40.00 / 80.00 (1)"]]
+    assert tabulate([never]) == []  # which stops nowhere
 
 
 def test_markdown_and_latex(tmp_path):
