@@ -98,7 +98,7 @@ def _table(
         results: Runs of one network.
         paper: The network's published numbers, by data set and method.
         here: Returns a cell of results of one row on one data set.
-        there: Returns that beside it of a data set's published numbers and a method.
+        there: Returns that beside it, where there are results, of a data set's published numbers and a method.
     """
     cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
     for result in results:
@@ -113,9 +113,10 @@ def _table(
     for (recipe, method, changes), by_dataset in sorted(cells.items(), key=lambda item: _rank(*item[0])):
         line = [recipe, f"{method} ({changes})" if changes else method]
         for name in datasets:
-            line.append(here(by_dataset.get(name, [])))
+            known = by_dataset.get(name, [])
+            line.append(here(known))
             if name in paper:
-                line.append(there(paper[name], method))
+                line.append(there(paper[name], method) if known else "")
         rows.append(line)
     return Table(title, head, rows)
 
