@@ -151,7 +151,8 @@ def _curve(ax: Axes, group: Results) -> None:
     )
     mean, sd = accuracy.mean(0), accuracy.std(0, ddof=1) if len(group) > 1 else 0.0
     ax.plot(removed.mean(0), mean, color=look.colour)
-    ax.fill_between(removed.mean(0), mean - sd, mean + sd, color=look.colour, alpha=0.18, linewidth=0)
+    band = np.clip([mean - sd, mean + sd], 0, 100)
+    ax.fill_between(removed.mean(0), *band, color=look.colour, alpha=0.18, linewidth=0)
     stops = _stops(group)
     if len(stops):
         ax.plot(*stops.T, linestyle="none", marker=look.marker, markersize=2.5, color=look.colour, alpha=0.6, zorder=4)
@@ -179,7 +180,8 @@ def _close_in(ax: Axes, results: Results) -> None:
     if len(stops):
         (left, low), (right, high) = stops.min(0), stops.max(0)
         ax.set_xlim(max(left - 4, 0), min(right + 4, 101))
-        ax.set_ylim(low - max(0.4 * (high - low), 0.3), high + max(0.4 * (high - low), 0.3))
+        room = max(0.4 * (high - low), 0.3)
+        ax.set_ylim(low - room, min(high + room, 101))
 
 
 def rank_heatmaps(results: Results) -> Figure:
