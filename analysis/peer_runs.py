@@ -13,7 +13,7 @@ from analysis.data import Split
 from analysis.peers import Importance, narrowed, train_from_scratch, train_peer
 from analysis.recipes import make_config
 from analysis.run import compare, short_history
-from pyro_bmrs.noise import noise_layers
+from pyro_bmrs.model.noise import noise_layers
 
 __all__ = ["execute_peer", "peers_beside"]
 

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
 from analysis.dense import train_dense
-from pyro_bmrs.data import to_input
+from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.noise import noise_layers
+from pyro_bmrs.model.noise import noise_layers
 from pyro_bmrs.structures import replace_module
 
 __all__ = ["Importance", "Ranking", "narrowed", "train_from_scratch", "train_peer", "without_noise"]

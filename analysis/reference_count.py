@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from pyro_bmrs.noise import MultiplicativeNoise
+from pyro_bmrs.model.noise import MultiplicativeNoise
 
 __all__ = ["reference_compression"]
 

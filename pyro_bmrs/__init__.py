@@ -4,7 +4,7 @@ Noise on a structure is a Pyro sample site; a reduced prior is another distribut
 reduction compares the two in closed form from the guide's parameters; what the evidence does not support is removed.
 """
 
-from pyro_bmrs.beta import BetaGuide
+from pyro_bmrs.model.guides.beta import BetaGuide
 from pyro_bmrs.bmr import (
     DivergentIntegralError,
     Reduction,
@@ -24,7 +24,6 @@ from pyro_bmrs.bmr import (
     spike,
 )
 from pyro_bmrs.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
-from pyro_bmrs.cost import cost_kl_weights, cost_log_odds, count_flops, count_parameters, measure_latency
 from pyro_bmrs.criteria import (
     BMRS_N,
     BMRS_U,
@@ -41,17 +40,29 @@ from pyro_bmrs.diagnostics import evidence_changes, to_arviz
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.ensemble import Replica, fit_ensemble
-from pyro_bmrs.guide import FlatGuide, TruncatedLogNormalGuide
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.io import load, prepare_run_folder, save
-from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import MultiplicativeNoise
+from pyro_bmrs.model.attach import AttachedNoise, attach_noise
+from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
-from pyro_bmrs.prediction import predict
+from pyro_bmrs.model.prediction import predict
 from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.schedule import Continuous, PostTraining
-from pyro_bmrs.shrink import shrink
-from pyro_bmrs.structures import ChannelGather, ChannelScale, find_structures
-from pyro_bmrs.surgery import compact
+from pyro_bmrs.structures.attention import HeadwiseAttention
+from pyro_bmrs.structures.compact import compact
+from pyro_bmrs.structures.cost import (
+    cost_kl_weights,
+    cost_log_odds,
+    count_flops,
+    count_parameters,
+    measure_latency,
+)
+from pyro_bmrs.structures.discovery import find_structures
+from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
+from pyro_bmrs.structures.record import Structure, StructureSet
+from pyro_bmrs.structures.shrink import shrink
 from pyro_bmrs.svi import FitResult, fit
 
 __version__ = "0.1.0"
@@ -60,10 +71,12 @@ __all__ = [
     "BMRS_N",
     "BMRS_U",
     "SNR",
+    "AttachedNoise",
     "BetaGuide",
     "Callback",
     "ChannelGather",
     "ChannelScale",
+    "ChannelScatter",
     "Continuous",
     "Criterion",
     "DivergentIntegralError",
@@ -72,6 +85,7 @@ __all__ = [
     "FitResult",
     "FlatGuide",
     "GradientWeightNorm",
+    "HeadwiseAttention",
     "JSONLines",
     "LogUniform",
     "MeanFieldELBO",
@@ -86,10 +100,13 @@ __all__ = [
     "Replica",
     "SampledEvidenceChange",
     "SearchResult",
+    "Structure",
+    "StructureSet",
     "TruncatedLogNormal",
     "TruncatedLogNormalGuide",
     "UnreliableEvidenceWarning",
     "WeightNorm",
+    "attach_noise",
     "bmrs_n",
     "bmrs_n_reference",
     "bmrs_n_substantial",

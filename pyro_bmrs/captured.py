@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_bmrs.noise import MultiplicativeNoise
+from pyro_bmrs.model.noise import MultiplicativeNoise
 
 __all__ = ["CapturedStep"]
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, precision_window, spike
-from pyro_bmrs.cost import count_parameters
+from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.distributions import signal_to_noise
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import fix_noise
-from pyro_bmrs.structures import Structures
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.points import Attachment
+from pyro_bmrs.structures.record import Record, StructureSet, positions
 
 __all__ = [
     "BMRS_N",
@@ -47,14 +47,14 @@ class PruningContext:
     Attributes:
         model: The model, whose masks say what has been removed already.
         guide: Its guide.
-        structures: What each site's structures consist of.
+        structures: What ``find_structures`` has said of the network, or the noise was attached to.
         x: A batch of training inputs, of shape ``(batch, ...)``.
         y: Their observations.
     """
 
     model: NoisyNetwork
     guide: FlatGuide
-    structures: Mapping[str, Structures]
+    structures: StructureSet
     x: Tensor
     y: Tensor
 
@@ -251,8 +251,9 @@ class WeightNorm(RankingCriterion):
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
-        weights = dict(context.model.net.named_parameters())
-        return {site: -_incoming_norm(parts, weights) for site, parts in context.structures.items()}
+        weights = dict(_own_network(context.model.net).named_parameters())
+        record = context.structures.record
+        return {site: -_incoming_norm(record, site, weights) for site in context.guide.sizes}
 
 
 @dataclass(frozen=True)
@@ -261,16 +262,17 @@ class GradientWeightNorm(RankingCriterion):
 
     def scores(self, context: PruningContext) -> Scores:
         model = context.model
-        weights = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
+        weights = {name: p for name, p in _own_network(model.net).named_parameters() if p.requires_grad}
         means = {site: mean.detach() for site, mean in context.guide.mean().items()}
-        with torch.enable_grad(), fix_noise(means):
-            loss = -model.likelihood(model.net(context.x)).log_prob(context.y).mean()
+        with torch.enable_grad():
+            loss = -model.likelihood(model.run(context.x, means)).log_prob(context.y).mean()
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
         by_name = dict(zip(weights, gradients, strict=True))
         with torch.no_grad():
+            record = context.structures.record
             return {
-                site: -_incoming_norm(parts, weights) * _incoming_norm(parts, by_name)
-                for site, parts in context.structures.items()
+                site: -_incoming_norm(record, site, weights) * _incoming_norm(record, site, by_name)
+                for site in context.guide.sizes
             }
 
 
@@ -292,17 +294,26 @@ class Random(RankingCriterion):
         }
 
 
-def _incoming_norm(parts: Structures, tensors: Mapping[str, Tensor]) -> Tensor:
+def _own_network(net: nn.Module) -> nn.Module:
+    """Return the network that a record is of."""
+    return net.net if isinstance(net, Attachment) else net
+
+
+def _incoming_norm(record: Record, site: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the L2 norm of the weights that produce each structure, normalisation layers left out."""
-    squares = None
-    for axis in parts.side("out"):
-        weight = tensors.get(f"{axis.module}.weight")
-        if weight is None or weight.dim() < 2:
+    classes = record.sites[site].before
+    device = next(iter(tensors.values())).device
+    squares = torch.zeros(len(classes), device=device)
+    found = False
+    for slot, axis in record.slots.items():
+        weight = tensors.get(slot[0])
+        if weight is None or weight.dim() < 2 or slot in record.reading:
             continue
-        index = axis.index.to(weight.device)
-        each = torch.zeros(int(index.max()) + 1).to(weight)
-        each = each.index_add(0, index[index >= 0], weight.flatten(1).square().sum(1)[index >= 0])
-        squares = each if squares is None else squares + each
-    if squares is None:
-        raise ValueError("these structures have no incoming weights to take a norm of")
+        index = positions(classes, axis).to(device)
+        if bool((index >= 0).any()):
+            found = True
+            each = weight.detach().movedim(slot[1], 0).flatten(1).square().sum(1).to(squares)
+            squares = squares.index_add(0, index[index >= 0], each[index >= 0])
+    if not found:
+        raise ValueError(f"the structures of {site!r} have no incoming weights to take a norm of")
     return squares.sqrt()

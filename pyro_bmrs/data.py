@@ -5,10 +5,11 @@ from pyro.distributions import Categorical
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.inputs import to_input
 
-__all__ = ["Data", "check_data", "check_observations", "to_input"]
+__all__ = ["Data", "check_data", "check_observations"]
 
 Data = tuple[Tensor, Tensor] | TensorDataset
 
@@ -42,17 +43,13 @@ def check_data(data: Data, name: str) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def to_input(x: Tensor) -> Tensor:
-    """Return what the network takes: bytes (images) become numbers in [0, 1], anything else stays as it is."""
-    return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
-
-
 @torch.no_grad()
 def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless the network takes ``x`` and every observation lies in its likelihood's support."""
     device = next(model.parameters()).device
     with evaluating(model):
-        output = model.net(to_input(x[:1].to(device)))
+        means = {site: torch.ones(size, device=device) for site, size in model.sizes.items()}
+        output = model.run(to_input(x[:1].to(device)), means)
     y = y.to(device)
     observed = model.likelihood(output.expand(len(y), *output.shape[1:]))
     if isinstance(observed, Categorical) and y.is_floating_point():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
-from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["evidence_changes", "to_arviz"]
 

@@ -9,11 +9,11 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.modes import evaluating
-from pyro_bmrs.noise import MultiplicativeNoise, fix_noise, supply_noise
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork, element_shapes
+from pyro_bmrs.structures.inputs import batch_size
 
 __all__ = ["Granularity", "MeanFieldELBO"]
 
@@ -52,7 +52,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         if granularity not in ("example", "batch", "element"):
             raise ValueError(f'granularity must be "example", "batch" or "element", but got {granularity!r}')
         self.granularity = granularity
-        self._element_shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+        self._element_shapes: dict[tuple[torch.Size, ...], dict[str, tuple[int, ...]]] = {}
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as a tensor of shape ``()`` to call ``backward`` on."""
@@ -85,8 +85,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def _particle(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> Tensor:
         draws = self._draw(model, guide, *args, **kwargs)
-        with _ObservedLogProb() as observed, supply_noise(model.noise, draws):
-            log_likelihood = model.log_likelihood(*args, **kwargs)
+        with _ObservedLogProb() as observed:
+            log_likelihood = model.log_likelihood(*args, **kwargs, noise=draws)
         return log_likelihood + observed.total
 
     def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -94,10 +94,11 @@ class MeanFieldELBO(TraceMeanField_ELBO):
             return guide.draw()
         x = args[0] if args else kwargs["x"]
         if self.granularity == "example":
-            return guide.draw((len(x),))
-        if x.shape not in self._element_shapes:
-            self._element_shapes[x.shape] = _element_shapes(model, x)
-        shapes = self._element_shapes[x.shape]
+            return guide.draw((batch_size(x),))
+        key = tuple(each.shape for each in tree_leaves(x) if isinstance(each, Tensor))
+        if key not in self._element_shapes:
+            self._element_shapes[key] = element_shapes(model, x)
+        shapes = self._element_shapes[key]
         return {site: q.rsample(shapes[site]) for site, q in guide.posterior().items()}
 
 
@@ -126,21 +127,3 @@ def _declare_parameters(module: PyroModule) -> None:
     with module._pyro_context:
         for name in (*module._parameters, *module._modules):
             getattr(module, name)
-
-
-def _element_shapes(model: NoisyNetwork, x: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return, for each site, the shape of its layer's input with the structures last and left out."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def record(layer: MultiplicativeNoise, inputs: tuple[Tensor, ...]) -> None:
-        shapes[layer.site or ""] = tuple(inputs[0].movedim(layer.dim, -1).shape[:-1])
-
-    handles = [layer.register_forward_pre_hook(record) for layer in model.noise.values()]
-    zeros = {site: torch.zeros(size).to(x) for site, size in model.sizes.items()}
-    try:
-        with evaluating(model), torch.no_grad(), fix_noise(zeros):
-            model.net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes

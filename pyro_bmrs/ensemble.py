@@ -12,16 +12,17 @@ import torch
 
 from pyro_bmrs.callbacks import Callback, Callbacks, ProgressBar
 from pyro_bmrs.criteria import Criterion
-from pyro_bmrs.data import Data, check_data, check_observations, to_input
+from pyro_bmrs.data import Data, check_data, check_observations
 from pyro_bmrs.devices import resolve_device
 from pyro_bmrs.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.history import History
-from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.pruner import Pruner
 from pyro_bmrs.replicas import ReplicaTrainer
 from pyro_bmrs.schedule import Continuous, Rates
-from pyro_bmrs.structures import find_structures
+from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.svi import DEFAULT_CRITERION, DEFAULT_PRUNING, FitResult
 
 __all__ = ["Replica", "fit_ensemble"]
@@ -130,7 +131,7 @@ def fit_ensemble(
         models, guides = zip(*pairs, strict=True)
         trainer = ReplicaTrainer(models, guides, seeds, MeanFieldELBO(granularity), (x, y), batch_size, rates)
         first = (to_input(x[:batch_size].to(target)), y[:batch_size].to(target))
-        structures = find_structures(models[0].net, first[0][:2])  # of replicas alike
+        structures = structures_of(models[0].net, first[0][:2])  # of replicas alike
         with ExitStack() as open_callbacks:
             fits = []
             for seed, (model, guide) in zip(seeds, pairs, strict=True):

@@ -5,9 +5,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 
 __all__ = ["check_parameters", "loss_error"]
 
@@ -47,7 +46,7 @@ def _non_finite_tensors(model: NoisyNetwork, guide: FlatGuide) -> list[str]:
 def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Tensor) -> str:
     """Return the noise site at whose input the network's activations first overflow."""
     found: list[str] = []
-    with ExitStack() as hooks, fix_noise(guide.mean()):
+    with ExitStack() as hooks:
         for site, layer in model.noise.items():
 
             def check(_: nn.Module, inputs: tuple[Tensor, ...], site: str = site) -> None:
@@ -55,7 +54,7 @@ def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Tensor) ->
                     found.append(site)
 
             hooks.callback(layer.register_forward_pre_hook(check).remove)
-        model.net(x)
+        model.run(x, guide.mean())
     return f"the input of site {found[0]!r} is not finite" if found else "the likelihood itself is not finite"
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyro_bmrs.structures import ChannelGather, ChannelScale
+from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
 
 __all__ = ["AtomicFile", "load", "prepare_run_folder", "save", "write_json"]
 
@@ -100,6 +100,9 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         return {"type": "ChannelScale", "arguments": {"size": len(module.scale), "dim": module.dim}}
     if isinstance(module, ChannelGather):
         return {"type": "ChannelGather", "arguments": {"size": len(module.index), "dim": module.dim}}
+    if isinstance(module, ChannelScatter):
+        arguments = {"count": len(module.index), "size": module.size, "dim": module.dim}
+        return {"type": "ChannelScatter", "arguments": arguments}
     if kind in _CONTAINERS:
         return {"type": kind.__name__, "children": children}
     if not children and getattr(nn, kind.__name__, None) is kind:
@@ -152,7 +155,7 @@ def _rebuild_container(kind: str, children: Mapping[str, Any], given: nn.Module 
 
 def _build_layer(kind: Any, arguments: Any, name: str) -> nn.Module:
     layer = getattr(nn, kind, None) if isinstance(kind, str) else None
-    if kind not in ("ChannelGather", "ChannelScale") and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+    if kind not in ("ChannelGather", "ChannelScale", "ChannelScatter") and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
         raise ValueError(
             f"{name!r} is described as {kind!r}, which is no layer of torch.nn; the file is not ours or not whole"
         )
@@ -161,6 +164,8 @@ def _build_layer(kind: Any, arguments: Any, name: str) -> nn.Module:
             return ChannelScale(torch.ones(arguments["size"]), arguments["dim"])
         if kind == "ChannelGather":
             return ChannelGather(torch.arange(arguments["size"]), arguments["dim"])
+        if kind == "ChannelScatter":
+            return ChannelScatter(torch.arange(arguments["count"]), arguments["size"], arguments["dim"])
         return layer(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})  # type: ignore[misc]
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"layer {name!r} cannot be a {kind} with arguments {arguments}: {error}") from None

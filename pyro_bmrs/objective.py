@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from pyro_bmrs.elbo import MeanFieldELBO
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
-from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 
 __all__ = ["FixedNoiseObjective", "NoisyObjective"]
 
@@ -59,5 +58,4 @@ class FixedNoiseObjective(nn.Module):
     def forward(self, x: Tensor, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
         """Return the loss of a batch, of shape ``()``; ``kl_weight`` has nothing to weigh."""
         values = {site: self.get_buffer(f"theta{i}") for i, site in enumerate(self.sites)}
-        with fix_noise(values):
-            return -share * self.model.likelihood(self.model.net(x)).log_prob(y).mean()
+        return -share * self.model.likelihood(self.model.run(x, values)).log_prob(y).mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change
-from pyro_bmrs.guide import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
 

@@ -13,7 +13,7 @@ import math
 from torch import nn
 
 from pyro_bmrs.criteria import BMRS_N
-from pyro_bmrs.noise import noise_layers
+from pyro_bmrs.model.noise import noise_layers
 
 __all__ = ["bmrs_n", "bmrs_n_reference", "bmrs_n_substantial", "reference_kl_weights"]
 

@@ -10,11 +10,12 @@ from torch.optim import Optimizer
 
 from pyro_bmrs.checkpoint import State
 from pyro_bmrs.criteria import Criterion, PruningContext
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.schedule import PostTraining
-from pyro_bmrs.shrink import shrink
-from pyro_bmrs.structures import Structures, find_structures
+from pyro_bmrs.structures.compact import structures_of
+from pyro_bmrs.structures.record import StructureSet
+from pyro_bmrs.structures.shrink import shrink_known
 
 __all__ = ["Pruner"]
 
@@ -27,12 +28,12 @@ class Pruner:
         guide: Its guide.
         criterion: What to remove; None removes nothing.
         batch: Inputs and observations that criteria may look at.
-        structures: What each site's structures consist of, if that is known already.
+        structures: What is known of the network's structures, if anything.
 
     Attributes:
         scores: For each site the score of each structure when it was last judged, of its original ``(size,)``.
         positions: For each site the original index of each structure that is physically there.
-        structures: What each site's structures consist of.
+        structures: What is known of the network's structures.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class Pruner:
         guide: FlatGuide,
         criterion: Criterion | None,
         batch: tuple[Tensor, Tensor],
-        structures: dict[str, Structures] | None = None,
+        structures: StructureSet | None = None,
     ) -> None:
         self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
         self.sizes = model.sizes
-        self.structures = find_structures(model.net, batch[0][:2]) if structures is None else structures
+        self.structures = structures_of(model.net, batch[0][:2]) if structures is None else structures
         self.positions = {site: torch.arange(size) for site, size in self.sizes.items()}
         self.scores: dict[str, Tensor] = {}
         self._at_removal = [parameter.detach().clone() for parameter in guide.parameters()]
@@ -95,13 +96,13 @@ class Pruner:
 
     def shrink(self, optimizer: Optimizer) -> bool:
         """Cut removed structures out of network, guide and optimiser, and return whether there were any."""
-        kept = shrink(self.model, self.guide, optimizer, self.batch[0][:2])
+        known = self.model, self.guide, optimizer, self.batch[0][:2], self.structures
+        kept, self.structures = shrink_known(*known)
         if all(len(kept[site]) == len(position) for site, position in self.positions.items()):
             return False
         flat = torch.cat([index + offset for index, offset in zip(kept.values(), self._offsets(), strict=True)])
         self._at_removal = [saved[flat.to(saved.device)] for saved in self._at_removal]
         self.positions = {site: position[kept[site]] for site, position in self.positions.items()}
-        self.structures = find_structures(self.model.net, self.batch[0][:2])
         return True
 
     def shrink_to(self, positions: Mapping[str, Tensor], optimizer: Optimizer) -> None:

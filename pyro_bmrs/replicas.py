@@ -8,12 +8,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 
-from pyro_bmrs.data import to_input
+from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.faults import check_parameters, loss_error
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.schedule import Rates
@@ -111,7 +111,8 @@ class ReplicaTrainer:
         self.stack = Stack(objectives)
         self._template = copy.deepcopy(objectives[0])
         with evaluating(self._template), torch.no_grad():  # noise layers keep what they find, which vmap would spoil
-            self._template.model.net(self._inputs(torch.arange(1)))
+            ones = {site: torch.ones(size, device=self.device) for site, size in models[0].sizes.items()}
+            self._template.model.run(self._inputs(torch.arange(1)), ones)
         self._fine_tuned: tuple[FixedNoiseObjective, dict[str, Tensor]] | None = None
         weights: list[Tensor] = []
         posterior: list[Tensor] = []

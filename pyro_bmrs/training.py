@@ -8,12 +8,12 @@ from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
 from pyro_bmrs.checkpoint import State, optimizer_tensors, restore_optimizer
-from pyro_bmrs.data import to_input
+from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.faults import check_parameters, loss_error
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.schedule import Rates
 from pyro_bmrs.steps import NonFiniteLossError, Step, make_step

@@ -3,7 +3,7 @@ import torch
 
 import pyro_bmrs as bmrs
 from models import lenet5, lenet5_caffe, mlp, resnet
-from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.model.noise import fix_noise
 
 
 @pytest.mark.parametrize("channels", [1, 3])

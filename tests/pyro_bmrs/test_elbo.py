@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.noise import fix_noise, supply_noise
+from pyro_bmrs.model.noise import fix_noise, supply_noise
 
 
 def loss_and_gradients(elbo, model, guide, x, y, seed=1):

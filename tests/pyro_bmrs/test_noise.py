@@ -7,7 +7,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.model.noise import fix_noise
 
 
 def test_outside_a_model_it_only_masks():

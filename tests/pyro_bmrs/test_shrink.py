@@ -8,8 +8,8 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from models import lenet5
-from pyro_bmrs.elbo import _element_shapes
-from pyro_bmrs.noise import fix_noise
+from pyro_bmrs.model.network import element_shapes as _element_shapes
+from pyro_bmrs.model.noise import fix_noise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 OPTIMIZERS = {

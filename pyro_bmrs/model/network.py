@@ -1,8 +1,11 @@
 """The Pyro model around a network: its noise sites, and the site of the observations."""
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pyro
+import torch
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.distributions import TorchDistribution
@@ -10,13 +13,16 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pyro_bmrs.noise import MultiplicativeNoise, noise_layers
+from pyro_bmrs.model.noise import MultiplicativeNoise, noise_layers, supply_noise
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.copying import no_fast_path
+from pyro_bmrs.structures.inputs import Inputs, batch_size, call
 
-__all__ = ["Likelihood", "NoisyNetwork", "categorical"]
+__all__ = ["Likelihood", "NoisyNetwork", "categorical", "element_shapes"]
 
 _NO_LABEL = -(2**62)  # cross_entropy leaves out one label: by default -100, which is a mistake like any other here
 
-Likelihood = Callable[[Tensor], TorchDistribution]
+Likelihood = Callable[[Any], TorchDistribution]
 
 
 def categorical(logits: Tensor) -> TorchDistribution:
@@ -35,7 +41,7 @@ class NoisyNetwork(PyroModule):
     Pyro's mean-field ELBO scales the KL by the guide's scale.
 
     Args:
-        net: Network with at least one ``MultiplicativeNoise``; it is used, not copied.
+        net: Network with noise: from ``attach_noise``, or with a ``MultiplicativeNoise`` inside; used, not copied.
         likelihood: From the network's output to the distribution of the observations, of ``batch_shape``
             ``(batch,)``; ``Categorical(logits=...)`` by default. A module's parameters are learned too.
         num_data: Size :math:`N` of the data set, by which a batch's likelihood is scaled up; None takes each
@@ -69,8 +75,8 @@ class NoisyNetwork(PyroModule):
         layers = noise_layers(net)
         if not layers:
             raise ValueError(
-                "the network has no structures to prune: put a pyro_bmrs.MultiplicativeNoise(size) after each "
-                "activation whose neurons or filters may go"
+                "the network has no noise: attach it with pyro_bmrs.attach_noise(net, pyro_bmrs.find_structures(net, "
+                "x)), or put a pyro_bmrs.MultiplicativeNoise(size) after each activation whose neurons or filters may go"
             )
         if num_data is not None and num_data < 1:
             raise ValueError(f"num_data must be the number of training examples, but got {num_data}")
@@ -105,39 +111,53 @@ class NoisyNetwork(PyroModule):
         """Which structures remain: a bool tensor of shape ``(size,)`` for each site, True = keep."""
         return {site: layer.keep.clone() for site, layer in self.noise.items()}
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> Any:
         """Run the program.
 
         Args:
-            x: Inputs, of shape ``(batch, ...)``.
+            x: Inputs: a tensor of shape ``(batch, ...)``, a tuple of positional inputs or a mapping of named ones.
             y: Observations, of shape ``(batch, ...)``; None samples them from the likelihood.
 
         Returns:
             The network's output, of shape ``(batch, ...)``.
         """
         with poutine.scale(scale=self.kl_weight):
-            output = self.net(x)
-        observed = self._observed(output)
-        with pyro.plate("data", len(output)), poutine.scale(scale=self._multiplicity(output)):
+            draws = {site: layer.sample() for site, layer in self.noise.items()}
+            output = self.run(x, draws)
+        batch = batch_size(x)
+        observed = self._observed(output, batch)
+        with pyro.plate("data", batch), poutine.scale(scale=self._multiplicity(batch)):
             pyro.sample("obs", observed, obs=y)
         return output
 
-    def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+    def run(self, x: Inputs, noise: Mapping[str, Tensor], masked: bool = True) -> Any:
+        """Run the network with the given noise: the one place where it is called.
+
+        Args:
+            x: Inputs: a tensor of shape ``(batch, ...)``, a tuple of positional inputs or a mapping of named ones.
+            noise: For each site a tensor of shape ``(*leading, size)``.
+            masked: Whether structures that have been removed are to be at 0 whatever the noise.
+        """
+        with supply_noise(self.noise, noise, masked), no_fast_path():
+            return call(self.net, x)
+
+    def log_likelihood(self, x: Inputs, y: Tensor, noise: Mapping[str, Tensor]) -> Tensor:
         r"""Return :math:`\frac{N}{B} \sum_i \log p(y_i \mid x_i, \theta)`, of shape ``()``, without a site for it.
 
-        What the program scores at its observations; the noise layers make their sites, or are supplied with noise.
+        What the program scores at its observations with the given noise, as ``run`` takes it.
         """
-        output = self.net(x)
-        if self.likelihood is categorical and output.dim() == 2:
+        output = self.run(x, noise)
+        batch = batch_size(x)
+        if self.likelihood is categorical and isinstance(output, Tensor) and output.dim() == 2:
             # One operation in the place of several, each way.
             total = -cross_entropy(output, y.long(), reduction="sum", ignore_index=_NO_LABEL)
         else:
-            total = self._observed(output).log_prob(y).sum()
-        return self._multiplicity(output) * total
+            total = self._observed(output, batch).log_prob(y).sum()
+        return self._multiplicity(batch) * total
 
-    def _observed(self, output: Tensor) -> TorchDistribution:
+    def _observed(self, output: Any, batch: int) -> TorchDistribution:
         """Return the distribution of the observations."""
-        observed, batch = self.likelihood(output), len(output)
+        observed = self.likelihood(output)
         if observed.batch_shape != (batch,):
             raise ValueError(
                 f"the likelihood must be one distribution an example, of batch_shape ({batch},), but it is a "
@@ -146,6 +166,29 @@ class NoisyNetwork(PyroModule):
             )
         return observed
 
-    def _multiplicity(self, output: Tensor) -> float:
+    def _multiplicity(self, batch: int) -> float:
         """Return how many examples of the data set one of the batch stands for."""
-        return 1.0 if self.num_data is None else self.num_data / len(output)
+        return 1.0 if self.num_data is None else self.num_data / batch
+
+
+def element_shapes(model: NoisyNetwork, x: Inputs) -> dict[str, tuple[int, ...]]:
+    """Return, for each site, the shape of what it multiplies with the structures last and left out.
+
+    Where noise from outside multiplies the inputs of several layers, it is the largest of these.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(site: str, shape: tuple[int, ...]) -> None:
+        shapes[site] = max(shape, shapes.get(site, ()), key=math.prod)
+
+    zeros = {site: torch.zeros(size, device=model.noise[site].keep.device) for site, size in model.sizes.items()}
+    layers = model.noise.values()
+    with evaluating(model), torch.no_grad():
+        for layer in layers:
+            layer._watchers.append(record)
+        try:
+            model.run(x, zeros)
+        finally:
+            for layer in layers:
+                layer._watchers.remove(record)
+    return shapes

@@ -1,6 +1,7 @@
 """Noise on a structure is a Pyro sample site: the module that makes it, and the handler that gives it values."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.numerics import may_ask
+from pyro_bmrs.structures.points import NoisePoint, noise_points
+from pyro_bmrs.structures.removal import aligned
 
 __all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers", "supply_noise"]
 
 
-class MultiplicativeNoise(nn.Module):
+class MultiplicativeNoise(NoisePoint):
     r"""Multiply each structure of the input by its own noise, :math:`h_i \mapsto \theta_i h_i`.
 
     A structure is one index along ``dim``: a neuron, a filter, a channel. Inside a ``NoisyNetwork`` the forward pass
@@ -48,29 +51,26 @@ class MultiplicativeNoise(nn.Module):
         {'2.theta': 8}
     """
 
-    keep: Tensor
-
     def __init__(self, size: int, prior: TorchDistribution | None = None, dim: int = 1) -> None:
-        super().__init__()
         if not (isinstance(size, int) and size > 0):
             raise ValueError(f"size must be a positive integer, the number of structures, but got {size!r}")
+        super().__init__(size, dim)
         prior = LogUniform() if prior is None else prior
         if prior.event_shape or prior.batch_shape not in (torch.Size(), torch.Size([size])):
             raise ValueError(
                 f"the prior on {size} structures must have batch_shape () or ({size},) and no event dimensions, but "
                 f"got batch_shape {tuple(prior.batch_shape)} and event_shape {tuple(prior.event_shape)}"
             )
-        self.size, self.dim = size, dim
         self.site: str | None = None
         self.kl_weight: float = 1.0
-        self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
         # The prior's parameters are buffers, so that it moves between devices with the network.
         self._prior_type = type(prior)
         self._prior_names = tuple(prior.arg_constraints)
         for name in self._prior_names:
             self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
         self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
-        self._supplied: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
+        self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
+        self._held: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
 
     @property
     def prior(self) -> TorchDistribution:
@@ -81,6 +81,9 @@ class MultiplicativeNoise(nn.Module):
     def remove(self, removed: Tensor) -> None:
         """Remove the structures where ``removed`` is True, on top of those removed before."""
         self.keep.logical_and_(~removed.to(self.keep.device))
+
+    def silence(self) -> None:
+        self.site = None
 
     def select(self, kept: Tensor) -> None:
         """Become a layer of the structures at the positions ``kept``, in place, whether removed or not."""
@@ -102,15 +105,78 @@ class MultiplicativeNoise(nn.Module):
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
                 f"input has shape {tuple(x.shape)}"
             )
-        distribution, masks = self._declaration()
-        if self.site is None:
-            return x * self._aligned(self.keep.to(x), x) if masks else x
-        theta = self._supplied.get(self.site)
-        if theta is None:
-            theta = self._sample(self.site, distribution)
-        if masks:
-            theta = theta * self.keep
-        return x * self._aligned(theta.to(x.dtype), x)
+        factors = self.factors()
+        if self.site is not None and self.held() is None:
+            factors = self._masked(self.sample())
+        return x if factors is None else self.multiply(x, factors, self.dim)
+
+    def multiply(self, x: Tensor, factors: Tensor, dim: int) -> Tensor:
+        """Return ``x`` with its channels along ``dim`` multiplied by factors of shape ``(*leading, channels)``.
+
+        Noise with a draw for each example is of shape ``(batch, channels)``. Where a layer folds other dimensions into
+        the batch (windows, time steps), each draw serves all parts of its example.
+
+        Raises:
+            ValueError: If there is a draw for each example, and no dimension of ``x`` holds the examples.
+        """
+        dim %= x.dim()
+        own = [*x.shape[:dim], *x.shape[dim + 1 :]]
+        for watcher in self._watchers:
+            watcher(self.site or "", tuple(own))
+        leading = list(factors.shape[:-1])
+        if len(leading) > 1 and leading != own:  # a draw for each element of another layer's input
+            factors = _as_many(factors.reshape(-1, factors.shape[-1]), own)
+        elif len(leading) == 1 and own and leading[0] not in (own[0], 1):
+            factors = self._for_examples(factors, own)
+        return x * aligned(factors.to(x.dtype), x, dim)
+
+    def _for_examples(self, factors: Tensor, own: list[int]) -> Tensor:
+        examples = len(factors)
+        if own[0] % examples == 0:
+            return factors.repeat_interleave(own[0] // examples, 0)
+        if examples in own:
+            return factors.reshape(*(1,) * own.index(examples), *factors.shape)
+        raise ValueError(
+            f"noise of site {self.site!r} has a draw for each of {examples} examples, but what it multiplies has no "
+            f'dimension of that size (besides channels its shape is {tuple(own)}); draw once a batch: granularity="batch"'
+        )
+
+    def sample(self) -> Tensor:
+        """Return a draw at this layer's sample site, of shape ``(size,)``; ``NoisyNetwork`` names the site."""
+        assert self.site is not None
+        return self._sample(self.site, self._declaration()[0])
+
+    def hold(self, theta: Tensor, masked: bool = True) -> None:
+        """Take the noise of the forward pass that begins, of shape ``(*leading, size)``, to be masked or as it is."""
+        self._held["now"] = self._masked(theta) if masked else theta
+
+    def release(self) -> None:
+        """Hear that the forward pass has ended."""
+        if "now" in self._held:
+            self._held["last"] = self._held.pop("now")
+
+    def forget(self) -> None:
+        """Let go of the last pass's noise, and of the graph behind it: its parameters are about to change their sizes."""
+        self._held.clear()
+
+    def held(self) -> Tensor | None:
+        """Return what the forward pass that is running multiplies structures with, removed ones at 0, if that is known.
+
+        While gradients are computed, where activation checkpointing runs a pass again, it is the noise of the last one.
+        """
+        if "now" in self._held:
+            return self._held["now"]
+        return self._held.get("last") if _in_backward() else None
+
+    def factors(self) -> Tensor | None:
+        """Return what is held, or where nothing is the mask alone, of shape ``(size,)``; None where nothing changes."""
+        held = self.held()
+        if held is None and self._declaration()[1]:
+            return self.keep.float()
+        return held
+
+    def _masked(self, theta: Tensor) -> Tensor:
+        return theta * self.keep if self._declaration()[1] else theta
 
     def _sample(self, site: str, distribution: TorchDistribution) -> Tensor:
         if self.kl_weight == 1:
@@ -137,16 +203,8 @@ class MultiplicativeNoise(nn.Module):
         except RuntimeError:  # under vmap
             return True
 
-    def _aligned(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Broadcast noise of shape ``(*leading, size)`` to ``x``, its leading dimensions to the first ones of ``x``."""
-        if theta.shape == x.shape and self.dim in (-1, x.dim() - 1):
-            return theta
-        leading, size = theta.shape[:-1], theta.shape[-1]
-        spread = theta.reshape(*leading, *(1,) * (x.dim() - 1 - len(leading)), size)
-        return spread.movedim(-1, self.dim)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_declared": None, "_supplied": {}}  # a copy counts the versions of its tensors anew
+        return {**self.__dict__, "_declared": None, "_held": {}}  # a copy counts the versions of its tensors anew
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
         self._declared = None  # its tensors are about to move
@@ -160,13 +218,21 @@ class MultiplicativeNoise(nn.Module):
         return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
 
 
+def _in_backward() -> bool:
+    """Return whether autograd is computing gradients right now."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def noise_layers(net: nn.Module) -> dict[str, MultiplicativeNoise]:
     """Return the noise layers of ``net`` by site name, in the order in which they were registered."""
-    return {
-        f"{name}.theta" if name else "theta": module
-        for name, module in net.named_modules()
-        if isinstance(module, MultiplicativeNoise)
-    }
+    return {site: point for site, point in noise_points(net).items() if isinstance(point, MultiplicativeNoise)}
+
+
+def _as_many(factors: Tensor, shape: list[int]) -> Tensor:
+    """Return as many of the draws, of shape ``(draws, channels)``, as there are elements in ``shape``."""
+    count = math.prod(shape)
+    repeats = -(-count // len(factors))
+    return factors.repeat(repeats, 1)[:count].reshape(*shape, factors.shape[-1])
 
 
 class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)
@@ -193,15 +259,20 @@ class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)
 
 
 @contextmanager
-def supply_noise(layers: Mapping[str, MultiplicativeNoise], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have ``layers``, by site, use ``values`` and make no sample sites: what ``fix_noise`` does, unseen by Pyro.
+def supply_noise(
+    layers: Mapping[str, MultiplicativeNoise], values: Mapping[str, Tensor], masked: bool = True
+) -> Iterator[None]:
+    """Have ``layers``, by site, use ``values`` in the next forward pass and make no sample sites.
 
-    For an objective that knows all values beforehand, every step, and asks nothing of the sites.
+    Args:
+        layers: The noise layers.
+        values: For each site a tensor of shape ``(*leading, size)``.
+        masked: Whether structures that have been removed are to be at 0 whatever the values.
     """
     for site, layer in layers.items():
-        layer._supplied[site] = values[site]
+        layer.hold(values[site], masked)
     try:
         yield
     finally:
         for layer in layers.values():
-            layer._supplied.clear()
+            layer.release()

@@ -15,8 +15,8 @@ from pyro.distributions import Beta
 from torch import Tensor, nn
 
 from pyro_bmrs.bmr.reduced_priors import spike
-from pyro_bmrs.guide import FlatGuide
-from pyro_bmrs.model import NoisyNetwork
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 
 __all__ = ["BetaGuide"]
 

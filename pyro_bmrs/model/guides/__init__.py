@@ -1,0 +1,1 @@
+"""Variational posteriors of all noise, one family per file."""

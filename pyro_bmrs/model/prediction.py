@@ -1,0 +1,56 @@
+"""The network with every noise at its posterior mean: what is fine-tuned, evaluated and, at last, compacted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.inputs import Inputs, batches, to_input
+from pyro_bmrs.structures.masks import check_masks
+
+__all__ = ["predict"]
+
+
+def predict(
+    model: NoisyNetwork,
+    guide: FlatGuide,
+    x: Inputs,
+    masks: Mapping[str, Tensor] | None = None,
+    batch_size: int = 1024,
+) -> Any:
+    r"""Return the network's outputs in eval mode with every :math:`\theta` at its posterior mean.
+
+    Args:
+        model: The model.
+        guide: Its guide.
+        x: Inputs: a tensor of shape ``(n, ...)``, a tuple of positional inputs or a mapping of named ones; moved to the
+            guide's device, and divided by 255 if of dtype uint8.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
+            has not been removed so far. Structures that are not kept have :math:`\theta = 0`.
+        batch_size: Number of examples run at once.
+
+    Returns:
+        What the network returns, for all examples, without gradients.
+
+    Raises:
+        ValueError: If a mask names no site, or has the wrong shape or dtype.
+    """
+    masks = check_masks(model, masks)
+    values = {site: mean * masks[site] for site, mean in guide.mean().items()}
+    with evaluating(model), torch.no_grad():
+        outputs = [
+            model.run(tree_map(to_input, batch), values, masked=False)
+            for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size)
+        ]
+    if len(outputs) == 1:
+        return outputs[0]
+    return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,96 @@
+"""From masks to a smaller plain nn.Module, exactly."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pyro_bmrs.structures.copying import copied, undisturbed
+from pyro_bmrs.structures.discovery import find_structures
+from pyro_bmrs.structures.equality import difference
+from pyro_bmrs.structures.inputs import Inputs
+from pyro_bmrs.structures.masks import check_masks
+from pyro_bmrs.structures.points import Attachment
+from pyro_bmrs.structures.record import Record, StructureSet
+from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
+from pyro_bmrs.structures.trial import Bench
+
+if TYPE_CHECKING:
+    from pyro_bmrs.model.guides.flat import FlatGuide
+    from pyro_bmrs.model.network import NoisyNetwork
+
+__all__ = ["compact", "plain_copy", "structures_of"]
+
+
+def compact(
+    model: "NoisyNetwork",
+    guide: "FlatGuide",
+    masks: Mapping[str, Tensor] | None,
+    example_input: Inputs,
+    structures: StructureSet | None = None,
+) -> nn.Module:
+    r"""Return the network without the structures that the masks remove: a smaller, plain nn.Module.
+
+    Its outputs are those of ``predict(model, guide, x, masks)``, with every :math:`\theta` at its posterior mean. Noise
+    attached from outside is multiplied into the weights of the layers that read the structures, and the user's own class
+    of network comes back. Noise layers inside a network become ``nn.Identity``, their noise multiplied into weights on
+    either side where what stands between allows it, or else a ``ChannelScale``; a ``ChannelGather`` or
+    ``ChannelScatter`` stays where only one side of a noise layer can shrink. A site that keeps none leaves one
+    structure, with zero noise: layers cannot be empty.
+
+    Args:
+        model: The model; neither it nor its network is changed.
+        guide: Its guide.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
+            has not been removed so far.
+        example_input: Inputs of any batch size: a tensor, a tuple or a mapping. Only their shapes and types matter.
+        structures: What ``find_structures`` has said of the network, if it is known already.
+
+    Returns:
+        The network in eval mode, on the model's device.
+
+    Raises:
+        ValueError: If a mask does not fit.
+        RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
+    """
+    masks = check_masks(model, masks)
+    structures = structures_of(model.net, example_input) if structures is None else structures
+    record = structures.record
+    values = {site: mean.detach() * masks[site] for site, mean in guide.mean().items()}
+    net = plain_copy(model.net)
+    with undisturbed(net):
+        smaller = cut(fixed_copy(net, record, values), record, masks, values)
+        _check(net, record, masks, values, example_input)
+        release_attention(smaller)
+    return smaller
+
+
+def structures_of(net: nn.Module, example_input: Inputs, trial: bool = True) -> StructureSet:
+    """Return the structures of a network with noise: those it was attached to, or around its noise layers."""
+    return net.structures if isinstance(net, Attachment) else find_structures(net, example_input, trial=trial)
+
+
+def plain_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of a network, without noise that is attached from outside."""
+    if not isinstance(net, Attachment):
+        return copied(net)
+    copy = copied(net)
+    return copy.detach_hooks(copy.net)
+
+
+def _check(
+    net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Mapping[str, Tensor], example_input: Inputs
+) -> None:
+    """Raise unless removal leaves the outputs as they are, in float64, on random inputs like the example."""
+    bench = Bench.of(net, example_input, record.low_precision, trials=2, randomise=False)
+    values = {site: value.double() for site, value in values.items()}
+    fixed = fixed_copy(bench.net, record, values)
+    expected = [bench.run(fixed, trial) for trial in range(2)]
+    smaller = cut(fixed, record, masks, values)
+    for trial in range(2):
+        off = difference(bench.run(smaller, trial), expected[trial])
+        if not off <= bench.tolerance:
+            raise RuntimeError(
+                f"the smaller network differs from the masked one by {off:.2g} of its outputs' spread: its structures "
+                "were misread; please report the architecture"
+            )

@@ -1,0 +1,50 @@
+"""Copies of networks to try things on, and the state in which they are run."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["copied", "no_fast_path", "undisturbed"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied(net: Module) -> Module:
+    """Return a deep copy, also of modules that keep an activation on themselves, which tensors refuse to copy."""
+    memo: dict[int, Any] = {}
+    for module in net.modules():
+        for value in tree_leaves(dict(vars(module))):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(net, memo)
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Have attention run its submodules: the fast path of ``nn.TransformerEncoderLayer`` skips whatever noise is there."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    if not before:
+        yield
+        return
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Run networks without gradients, autocast or PyTorch's fast path of attention, leaving the random state alone."""
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(no_fast_path())
+        yield

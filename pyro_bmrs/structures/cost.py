@@ -1,0 +1,174 @@
+"""What a network costs: parameters (of a real one, or of one still masked), floating-point operations, time."""
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.compact import plain_copy, structures_of
+from pyro_bmrs.structures.copying import undisturbed
+from pyro_bmrs.structures.inputs import Inputs, call
+from pyro_bmrs.structures.record import Record, StructureSet
+from pyro_bmrs.structures.removal import cut, fixed_copy
+
+__all__ = [
+    "cost_kl_weights",
+    "cost_log_odds",
+    "count_flops",
+    "count_parameters",
+    "measure_latency",
+]
+
+
+def count_parameters(
+    net: nn.Module, structures: StructureSet | None = None, masks: Mapping[str, Tensor] | None = None
+) -> int:
+    """Return the number of parameters, of ``net`` as it is or as masks would leave it once it is compacted.
+
+    Tied parameters count once, frozen ones too. The posterior's own parameters are the guide's and do not count.
+
+    Args:
+        net: The network.
+        structures: What ``find_structures`` has said of it, where there are masks.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep.
+    """
+    if structures is None or masks is None:
+        return sum(parameter.numel() for parameter in net.parameters())
+    record = structures.with_noise().record
+    return record.count_parameters(record.dead(masks))
+
+
+def count_flops(
+    net: nn.Module,
+    example_input: Inputs,
+    structures: StructureSet | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Return the floating-point operations of one forward pass over ``example_input`` (2 per multiply-add).
+
+    Those that torch's counter knows: products of matrices, convolutions and attention. With masks those of the network
+    that is really cut.
+
+    Args:
+        net: The network.
+        example_input: A tensor, a tuple of positional inputs or a mapping of named ones.
+        structures: See ``count_parameters``.
+        masks: See ``count_parameters``.
+    """
+    if structures is not None and masks is not None:
+        record = structures.with_noise().record
+        values = {site: mask.float() for site, mask in masks.items()}
+        plain = plain_copy(net)
+        with torch.no_grad():
+            net = cut(fixed_copy(plain, record, values), record, masks, values)
+    with evaluating(net), undisturbed(net), FlopCounterMode(display=False) as counter:
+        call(net, example_input)
+    return counter.get_total_flops()
+
+
+def cost_log_odds(
+    net: nn.Module, example_input: Inputs, mean: float, cost: Literal["parameters", "flops"] = "parameters"
+) -> dict[str, Tensor]:
+    """Return prior log-odds of absence proportional to what each structure costs: dear ones have more to prove.
+
+    Args:
+        net: Network with noise layers.
+        example_input: Inputs of shape ``(batch, ...)`` to trace it with.
+        mean: Mean log-odds over all structures, for instance ``math.log(3)``.
+        cost: ``"parameters"`` or ``"flops"`` of the layers that produce and consume the structure.
+
+    Returns:
+        For each site a tensor of shape ``(size,)``, to give to an evidence criterion as ``prior_log_odds``.
+
+    Raises:
+        ValueError: If ``cost`` is neither, or ``mean`` not a finite number.
+    """
+    _check(mean, cost)
+    costs = _costs(net, example_input, cost, None)
+    average = torch.cat(list(costs.values())).mean()
+    return {site: mean * each / average for site, each in costs.items()}
+
+
+def cost_kl_weights(
+    net: nn.Module,
+    example_input: Inputs,
+    mean: float,
+    cost: Literal["parameters", "flops"] = "parameters",
+    masks: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Return a weight of each site's KL proportional to what one of its structures costs, on average over the site.
+
+    With one weight for all sites narrow layers of cheap structures are worn down as fast as wide layers of dear ones,
+    which loses accuracy and saves little. Scaling a KL is stating its price: so many nats a parameter. What a structure
+    costs falls with the number of its neighbours: an input of a layer with 500 units is dear, and cheap once 10 are
+    left. So state prices at the size that you are after, that of an earlier fit for instance.
+
+    Args:
+        net: Network with noise layers.
+        example_input: Inputs of shape ``(batch, ...)`` to trace it with.
+        mean: Mean weight over all structures, or over those that ``masks`` keeps.
+        cost: See ``cost_log_odds``.
+        masks: For each site a tensor of shape ``(size,)``, True where the structure is there when prices are taken; by
+            default all are. A ``FitResult`` has such masks.
+
+    Returns:
+        For each site a number, to give to a model as ``kl_weight``.
+
+    Raises:
+        ValueError: If ``cost`` is neither, ``mean`` not a finite number, or ``masks`` are not of the network's sites or
+            keep nothing of one.
+    """
+    _check(mean, cost)
+    costs = _costs(net, example_input, cost, masks)
+    average = torch.cat(list(costs.values())).mean()
+    return {site: mean * float(each.mean() / average) for site, each in costs.items()}
+
+
+def _check(mean: float, cost: str) -> None:
+    if cost not in ("parameters", "flops"):
+        raise ValueError(f'cost must be "parameters" or "flops", but got {cost!r}')
+    if not (isinstance(mean, int | float) and math.isfinite(mean)):
+        raise ValueError(f"mean must be a finite number, but got {mean!r}")
+
+
+def _costs(
+    net: nn.Module, example_input: Inputs, cost: Literal["parameters", "flops"], masks: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return for each site what each of the structures costs that are kept, in the network that the masks leave."""
+    record = structures_of(net, example_input, trial=False).record
+    kept = _kept(record, masks)
+    costs = record.structure_costs(cost, record.dead(kept))
+    return {site: costs[site][kept[site]].float() for site in kept}
+
+
+def _kept(record: Record, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    sizes = {site: each.size for site, each in record.sites.items()}
+    if masks is None:
+        return {site: torch.ones(size, dtype=torch.bool) for site, size in sizes.items()}
+    if {site: tuple(mask.shape) for site, mask in masks.items()} != {site: (size,) for site, size in sizes.items()}:
+        shapes = {site: tuple(mask.shape) for site, mask in masks.items()}
+        raise ValueError(f"masks must have one entry for each structure of the sites {sizes}, but have shapes {shapes}")
+    for site, mask in masks.items():
+        if not bool(mask.any()):
+            raise ValueError(f"masks must keep a structure of every site, or it has no price, but {site} keeps none")
+    return {site: masks[site].cpu() for site in sizes}
+
+
+def measure_latency(nets: Sequence[nn.Module], example_input: Inputs, rounds: int = 50) -> list[float]:
+    """Return the median seconds of a forward pass of each network, timed in interleaved rounds."""
+    times: list[list[float]] = [[] for _ in nets]
+    with torch.no_grad():
+        for _ in range(rounds + 3):
+            for net, record in zip(nets, times, strict=True):
+                start = time.perf_counter()
+                call(net, example_input)
+                if next((p.is_cuda for p in net.parameters()), False):
+                    torch.cuda.synchronize()
+                record.append(time.perf_counter() - start)
+    return [statistics.median(record[3:]) for record in times]

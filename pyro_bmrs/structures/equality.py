@@ -1,0 +1,34 @@
+"""Whether two outputs are the same up to rounding."""
+
+from typing import Any
+
+import torch
+
+from pyro_bmrs.structures.inputs import output_tensors
+
+__all__ = ["difference"]
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Return how far outputs are from the expected ones, relative to these outputs' spread over their elements.
+
+    Outputs that hardly vary are compared at the precision of their own size. Other numbers of tensors or other shapes,
+    NaN and infinity give infinity.
+    """
+    found, expected = output_tensors(found), output_tensors(expected)
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return float("inf")
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        if theirs.numel() == 0:
+            continue
+        ours, theirs = ours.double(), theirs.double()
+        if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+            return float("inf")
+        spread = float(theirs.max() - theirs.min())
+        size = float(theirs.abs().max())
+        scale = max(spread, 1e-4 * size)
+        error = float((ours - theirs).abs().max())
+        if error:
+            worst = max(worst, error / scale if scale else float("inf"))
+    return worst

@@ -1,0 +1,104 @@
+"""Calling any network: inputs as a tensor, a tuple or a dictionary, and outputs of any nesting."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Inputs", "batch_size", "batches", "call", "output_tensors", "random_like", "to_input", "to_network"]
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def call(net: nn.Module, inputs: Inputs) -> Any:
+    """Run a network on a tensor, on a tuple of positional inputs, or on a mapping of named ones."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    if isinstance(inputs, tuple | list):
+        return net(*inputs)
+    return net(inputs)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Return the number of examples in a network's inputs: the length of their first tensor."""
+    first = next((each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.dim() > 0), None)
+    if first is None:
+        raise ValueError("the inputs hold no tensor with a batch dimension")
+    return len(first)
+
+
+def batches(inputs: Inputs, size: int) -> Iterator[Inputs]:
+    """Iterate over inputs in batches of at most ``size`` examples; tensors of another length stay whole."""
+    total = batch_size(inputs)
+    for start in range(0, total, size):
+        yield tree_map(
+            lambda each, start=start: each[start : start + size]
+            if isinstance(each, Tensor) and each.dim() and len(each) == total
+            else each,
+            inputs,
+        )
+
+
+def to_input(x: Any) -> Any:
+    """Return what the network takes: bytes (images) become numbers in [0, 1], anything else stays as it is."""
+    if isinstance(x, Tensor) and x.dtype == torch.uint8:
+        return x.to(torch.get_default_dtype()).div_(255)
+    return x
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in a network's output: a tensor, or any nesting of sequences and mappings."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() or output.is_complex() else []
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in output_tensors(value)]
+    if isinstance(output, tuple | list):
+        return [tensor for value in output for tensor in output_tensors(value)]
+    if hasattr(output, "__dataclass_fields__"):
+        return [tensor for name in output.__dataclass_fields__ for tensor in output_tensors(getattr(output, name))]
+    return []
+
+
+def to_network(inputs: Inputs, net: nn.Module) -> Inputs:
+    """Move inputs to a network's device, floating-point ones to its dtype; bytes become numbers in [0, 1]."""
+    like = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype == torch.uint8 and not isinstance(inputs, Mapping):
+            return value.to(like.device, like.dtype) / 255
+        return value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
+
+    moved_inputs: Inputs = tree_map(moved, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    return moved_inputs
+
+
+def random_like(inputs: Inputs, generator: torch.Generator, plain: bool = False) -> Inputs:
+    """Return random inputs of the same shapes and types.
+
+    Floating-point numbers are drawn from those in the example and stretched, or with ``plain`` from a standard normal;
+    so they are where the example has only one value. Integers with more than two values are drawn from their range;
+    others, and bools, are masks and stay.
+    """
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            return value
+        flat = value.detach().reshape(-1).cpu()
+        if value.is_floating_point():
+            if plain or bool((flat == flat[0]).all()):
+                new = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
+            else:
+                picked = flat[torch.randint(len(flat), flat.shape, generator=generator)].double()
+                new = picked * (0.5 + torch.rand(flat.shape, generator=generator, dtype=torch.float64))
+        elif value.dtype != torch.bool and not value.is_complex() and len(flat.unique()) > 2:
+            new = flat[torch.randint(len(flat), flat.shape, generator=generator)]
+        else:
+            return value
+        return new.to(value.device, value.dtype).reshape(value.shape)
+
+    return tree_map(drawn, inputs)
+

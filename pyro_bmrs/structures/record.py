@@ -1,0 +1,459 @@
+"""The record of a network's structures: which position of which tensor belongs to which, and what goes with a mask.
+
+Positions that can only go together form a *class*. A site's noise multiplies the channels of some classes, and where it
+stands inside the network its products are channels of classes of their own. Everything that removes, counts or prices
+structures reads this record and nothing else.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.structures.folding import Maker
+from pyro_bmrs.structures.labels import FIXED
+
+__all__ = ["Kind", "Product", "Reader", "Record", "Site", "Slot", "Structure", "StructureSet"]
+
+Slot = tuple[str, int]
+"""A dimension of a parameter or buffer: its qualified name, and the dimension."""
+
+Argument = tuple[int | str, int]
+"""An argument of a module, by position or name, and a dimension of it, counted from the end."""
+
+Kind = Literal["channel", "head", "width", "output"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads channels.
+
+    Attributes:
+        module: Its qualified name.
+        slot: The dimension of its parameter along which they lie.
+        arguments: Which of the layer's arguments hold them, by position or name, each with the dimension along which
+            they lie, counted from the end.
+    """
+
+    module: str
+    slot: Slot
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the noise of one site stands.
+
+    Attributes:
+        before: Class of each channel that is multiplied, of shape ``(size,)``.
+        after: Class of each product, or None where the noise stands at the inputs of all readers.
+        readers: Those readers.
+        module: The module whose output is multiplied, where it is not a noise layer.
+        dim: The dimension of that output, counted from the end.
+        folds: Parameters that the noise can be multiplied into: those that read the products.
+        maker: The layer that it can be multiplied into otherwise.
+    """
+
+    before: Tensor
+    after: Tensor | None = None
+    readers: tuple[Reader, ...] = ()
+    module: str | None = None
+    dim: int = 1
+    folds: tuple[Slot, ...] = ()
+    maker: Maker | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of structures."""
+        return len(self.before)
+
+    def relabelled(self, new: Tensor, kept: Tensor) -> "Site":
+        """Return the site with the structures at ``kept``, its classes renumbered."""
+        after = None if self.after is None else new[self.after[kept]]
+        return replace(self, before=new[self.before[kept]], after=after)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A count in proportion to some extents: ``constant`` times how many positions each axis has.
+
+    Attributes:
+        constant: The factor.
+        axes: For each axis the class of each position, ``FIXED`` for none.
+    """
+
+    constant: float
+    axes: tuple[Tensor, ...]
+
+    def total(self, dead: Tensor) -> float:
+        """Return the count once classes are gone."""
+        result = self.constant
+        for axis in self.axes:
+            result *= int((~_at(dead, axis)).sum())
+        return result
+
+    def add_savings(self, savings: Tensor, dead: Tensor) -> None:
+        """Add to ``savings``, of shape ``(classes,)``, what the count loses with each class alone."""
+        total = self.total(dead)
+        if not total:
+            return
+        left = torch.ones_like(savings)
+        for axis in self.axes:
+            alive = axis[~_at(dead, axis)]
+            counts = torch.bincount(alive[alive >= 0], minlength=len(savings))
+            left *= 1 - counts / len(alive)
+        savings += total * (1 - left)
+
+
+def _mark(marks: Tensor, site: Site) -> None:
+    """Mark all classes of a site, in place."""
+    marks[site.before] = True
+    if site.after is not None:
+        marks[site.after] = True
+
+
+def _at(marks: Tensor, axis: Tensor) -> Tensor:
+    return torch.where(axis >= 0, marks[axis.clamp_min(0)], False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """See the module's docstring.
+
+    Attributes:
+        count: Number of classes.
+        slots: Class of each position along each dimension of each parameter and buffer.
+        parameters: Which of these are parameters; tied ones appear once, under their first name.
+        reading: Slots along which channels are read.
+        fixed: Classes that cannot be removed, bool of shape ``(count,)``.
+        written: Classes whose channels are not zero where all noise in front of them is.
+        read: Classes whose channels something reads besides noise sites.
+        sites: By site name.
+        heads: For each module that computes an attention, the classes of its heads.
+        counted: For each normalisation without tensors of its own, the class of each of its channels.
+        work: Floating-point operations of a forward pass over the example.
+        shared: Slots along which a parameter is read that has other uses too.
+        low_precision: Whether the network computes anything in less precision than its own.
+    """
+
+    count: int
+    slots: dict[Slot, Tensor]
+    parameters: frozenset[str]
+    reading: frozenset[Slot]
+    fixed: Tensor
+    written: Tensor
+    read: Tensor
+    sites: dict[str, Site] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    counted: dict[str, Tensor] = field(default_factory=dict)
+    work: tuple[Product, ...] = ()
+    shared: frozenset[Slot] = frozenset()
+    low_precision: bool = False
+
+    def nothing(self) -> Tensor:
+        """Return no class, as bool of shape ``(count,)``."""
+        return torch.zeros(self.count, dtype=torch.bool)
+
+    def dead(self, masks: Mapping[str, Tensor], in_place: bool = False) -> Tensor:
+        """Return which classes can go: bool of shape ``(count,)``.
+
+        A class goes where nothing reads its channels any more, or where they are zero whatever the weights. A tensor
+        never loses all of a dimension.
+
+        Args:
+            masks: For each site a bool tensor of shape ``(size,)``, True = keep.
+            in_place: Whether noise stays in the network, so that each site loses the same structures on both sides,
+                and none that its own mask keeps.
+        """
+        every = {name: torch.ones(site.size, dtype=torch.bool) for name, site in self.sites.items()}
+        masks = every | {site: mask.cpu() for site, mask in masks.items()}
+        zero, unread = self.nothing(), self.nothing()
+        produced, multiplied = self.nothing(), self.nothing()
+        for site in self.sites.values():
+            multiplied[site.before] = True
+            if site.after is not None:
+                produced[site.after] = True
+        while True:
+            not_zero, needed = self.written.clone(), self.read.clone()
+            for name, site in self.sites.items():
+                if site.after is None:
+                    needed[site.before[masks[name]]] = True
+                else:
+                    not_zero[site.after[masks[name] & ~zero[site.before]]] = True
+                    needed[site.before[masks[name] & ~unread[site.after]]] = True
+            new_zero, new_unread = produced & ~not_zero, multiplied & ~needed
+            if torch.equal(new_zero, zero) and torch.equal(new_unread, unread):
+                break
+            zero, unread = new_zero, new_unread
+        dead = (zero | unread) & ~self.fixed
+        self._revive(dead, masks if in_place else None)
+        return dead
+
+    def _revive(self, dead: Tensor, masks: Mapping[str, Tensor] | None) -> None:
+        """Keep something of every dimension, in place; with masks, also what a site cannot lose on both sides."""
+        while True:
+            before = dead.clone()
+            for axis in self.slots.values():
+                if len(axis) and bool(_at(dead, axis).all()):
+                    dead[axis[0]] = False
+            for name, site in self.sites.items() if masks is not None else ():
+                assert masks is not None
+                gone = self.removed_structures(site, dead) & ~masks[name]
+                gone[0] &= not bool(gone.all())
+                dead[site.before[~gone]] = False
+                if site.after is not None:
+                    dead[site.after[~gone]] = False
+            if torch.equal(before, dead):
+                return
+
+    def removed_structures(self, site: Site, dead: Tensor) -> Tensor:
+        """Return which structures of a site are gone on both of its sides."""
+        return dead[site.before] if site.after is None else dead[site.before] & dead[site.after]
+
+    def removed(self, dead: Tensor) -> dict[Slot, Tensor]:
+        """Return which positions go, for every dimension that loses any."""
+        gone = {slot: _at(dead, axis) for slot, axis in self.slots.items()}
+        return {slot: each for slot, each in gone.items() if bool(each.any())}
+
+    def parameter_products(self) -> Iterator[Product]:
+        """Iterate over the parameters' numbers of elements, a copy of those untied to take noise included."""
+        shapes: dict[str, list[Tensor]] = {}
+        for (name, _), axis in sorted(self.slots.items(), key=lambda item: item[0][1]):
+            shapes.setdefault(name, []).append(axis)
+        untied = [slot for site in self.sites.values() for slot in dict.fromkeys(site.folds) if slot in self.shared]
+        for name in (*self.parameters, *(name for name, _ in untied)):
+            yield Product(1, tuple(shapes.get(name, ())))
+
+    def count_parameters(self, dead: Tensor) -> int:
+        """Return the number of parameters once classes are gone."""
+        return int(sum(each.total(dead) for each in self.parameter_products()))
+
+    def count_flops(self, dead: Tensor) -> int:
+        """Return the floating-point operations of a forward pass over the example once classes are gone."""
+        return round(sum(each.total(dead) for each in self.work))
+
+    def savings(self, cost: Literal["parameters", "flops"], dead: Tensor) -> Tensor:
+        """Return what each class costs, of shape ``(count,)``: what its removal alone would save."""
+        savings = torch.zeros(self.count, dtype=torch.float64)
+        for each in self.parameter_products() if cost == "parameters" else self.work:
+            each.add_savings(savings, dead)
+        return savings
+
+    def structure_costs(self, cost: Literal["parameters", "flops"], dead: Tensor) -> dict[str, Tensor]:
+        """Return for each site what each structure costs, of shape ``(size,)``."""
+        savings = self.savings(cost, dead)
+        savings[dead | self.fixed] = 0
+        sinks, sources = torch.zeros(self.count), torch.zeros(self.count)
+        for site in self.sites.values():
+            for classes, counter in ((site.before, sinks), (site.after, sources)):
+                if classes is not None:
+                    counter += torch.bincount(classes, minlength=self.count)
+        alone = savings * (sinks <= 1) * ~self.read, savings * (sources <= 1) * ~self.written
+        costs = {}
+        for name, site in self.sites.items():
+            costs[name] = alone[0][site.before].clone()
+            if site.after is not None:
+                costs[name] += alone[1][site.after]
+        return costs
+
+    def restricted(self, structures: Mapping[str, "Structure"], names: Collection[str]) -> "Record":
+        """Return the record with the noise of these groups, and with sites inside the network that can only mask.
+
+        Args:
+            structures: Groups whose noise is to be there, by name.
+            names: Sites of noise layers that may be removed, among others; the rest keep all their classes.
+        """
+        sites = dict(self.sites)
+        written, read, fixed = self.written.clone(), self.read.clone(), self.fixed.clone()
+        for name, site in self.sites.items():
+            if site.module is None and name not in names:
+                _mark(fixed, site)
+            if site.module is not None and name.removesuffix(".theta") not in structures:
+                del sites[name]
+                read[site.before] = True
+                written[site.after] = True
+        for name, each in structures.items():
+            if each.kind != "output":
+                folds = tuple(dict.fromkeys(reader.slot for reader in each.readers))
+                sites[f"{name}.theta"] = Site(each.classes, readers=each.readers, folds=folds)
+                read[each.classes] = False
+        return replace(self, sites=sites, written=written, read=read, fixed=fixed)
+
+    def frozen(self, names: Collection[str]) -> "Record":
+        """Return the record in which some sites can only mask."""
+        fixed = self.fixed.clone()
+        for name in names:
+            _mark(fixed, self.sites[name])
+        return replace(self, fixed=fixed)
+
+    def without(self, dead: Tensor) -> "Record":
+        """Return the record of the network that has lost these classes, noise still in place."""
+        new = torch.where(dead, FIXED, (~dead).cumsum(0) - 1)
+
+        def left(axis: Tensor) -> Tensor:
+            axis = axis[~_at(dead, axis)]
+            return torch.where(axis >= 0, new[axis.clamp_min(0)], FIXED)
+
+        sites = {}
+        for name, site in self.sites.items():
+            kept = ~self.removed_structures(site, dead)
+            sites[name] = site.relabelled(new, kept)
+        return replace(
+            self,
+            count=int((~dead).sum()),
+            slots={slot: left(axis) for slot, axis in self.slots.items()},
+            fixed=self.fixed[~dead],
+            written=self.written[~dead],
+            read=self.read[~dead],
+            sites=sites,
+            heads={module: left(classes) for module, classes in self.heads.items()},
+            counted={module: left(axis) for module, axis in self.counted.items()},
+            work=tuple(Product(each.constant, tuple(map(left, each.axes))) for each in self.work),
+        )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A group of structures: channels, heads or the like that lie on the same tensors.
+
+    Attributes:
+        name: Name of the layer that makes them.
+        kind: ``"channel"``, ``"head"``, ``"width"`` (of a stream that is normalised over it) or ``"output"`` (of a
+            module that was named).
+        classes: Each structure's class in the record, of shape ``(size,)``.
+        members: For every dimension of every tensor that they lie on, the structure that each position belongs to, -1
+            for none.
+        readers: The layers that read them.
+        norms: Names of the normalisations on the way.
+        parameters: How many parameters each of them costs, of shape ``(size,)``.
+        flops: How many floating-point operations of a forward pass over the example.
+    """
+
+    name: str
+    kind: Kind
+    classes: Tensor
+    members: dict[Slot, Tensor]
+    readers: tuple[Reader, ...]
+    norms: tuple[str, ...]
+    parameters: Tensor
+    flops: Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of structures."""
+        return len(self.classes)
+
+    @classmethod
+    def of(
+        cls,
+        record: Record,
+        name: str,
+        kind: Kind,
+        classes: Tensor,
+        readers: tuple[Reader, ...],
+        norms: tuple[str, ...],
+        costs: tuple[Tensor, Tensor] | None = None,
+    ) -> "Structure":
+        """Return the group of these classes of a record."""
+        if costs is None:
+            nothing = record.nothing()
+            costs = record.savings("parameters", nothing), record.savings("flops", nothing)
+        members = {slot: positions(classes, axis) for slot, axis in record.slots.items()}
+        members = {slot: index for slot, index in members.items() if bool((index >= 0).any())}
+        return cls(name, kind, classes, members, readers, norms, costs[0][classes], costs[1][classes])
+
+
+def positions(classes: Tensor, axis: Tensor) -> Tensor:
+    """Return, for each position of an axis, where its class stands among ``classes``, ``FIXED`` for nowhere."""
+    ordered, order = classes.sort()
+    at = torch.searchsorted(ordered, axis).clamp_max(len(classes) - 1)
+    return torch.where(ordered[at] == axis, order[at], FIXED)
+
+
+class StructureSet(Mapping[str, Structure]):
+    """What can be removed from a network, by name.
+
+    Args:
+        structures: Groups of structures by name.
+        refused: Why other groups cannot be removed, by name.
+        record: The network's record, with the sites of its noise layers.
+
+    Attributes:
+        refused: As given.
+        record: As given.
+    """
+
+    def __init__(self, structures: Mapping[str, Structure], refused: Mapping[str, str], record: Record) -> None:
+        self._structures = dict(structures)
+        self.refused, self.record = dict(refused), record
+
+    def __getitem__(self, name: str) -> Structure:
+        if name not in self._structures:
+            why = f": {self.refused[name]}" if name in self.refused else f"; there are {list(self._structures)}"
+            raise KeyError(f"there are no structures called {name!r} to remove{why}")
+        return self._structures[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._structures)
+
+    def __len__(self) -> int:
+        return len(self._structures)
+
+    def select(self, kinds: Kind | tuple[Kind, ...] | None = None, names: str | tuple[str, ...] = "*") -> "StructureSet":
+        """Return the groups of some kinds whose names match a pattern, such as ``"encoder.*"``.
+
+        Raises:
+            ValueError: If nothing is left.
+        """
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
+        patterns = (names,) if isinstance(names, str) else tuple(names)
+        chosen = {
+            name: each
+            for name, each in self._structures.items()
+            if (kinds is None or each.kind in kinds) and any(fnmatchcase(name, pattern) for pattern in patterns)
+        }
+        if not chosen:
+            raise ValueError(f"no structures of kinds {kinds} match {names!r}; there are {list(self._structures)}")
+        return StructureSet(chosen, self.refused, self.record)
+
+    def with_noise(self) -> "StructureSet":
+        """Return the set with a site for each of its groups in the record, and no others but those of noise layers."""
+        placed = [name for name, site in self.record.sites.items() if site.module is None]
+        return StructureSet(self, self.refused, self.record.restricted(self._structures, placed))
+
+    def without(self, dead: Tensor) -> "StructureSet":
+        """Return what is left once classes are gone, noise still in place."""
+        record = self.record.without(dead)
+        new = torch.where(dead, FIXED, (~dead).cumsum(0) - 1)
+        left = {}
+        for name, each in self.items():
+            site = record.sites.get(f"{name}.theta")
+            classes = new[each.classes[~dead[each.classes]]] if site is None else site.before
+            left[name] = Structure.of(record, name, each.kind, classes, each.readers, each.norms)
+        return StructureSet(left, self.refused, record)
+
+    def __repr__(self) -> str:
+        return f"StructureSet({len(self)} groups, {sum(each.size for each in self.values())} structures)"
+
+    def __str__(self) -> str:
+        rows = [("structures", "kind", "size", "parameters each", "MFLOPs each", "read by")]
+        for name, each in self.items():
+            readers = ", ".join(dict.fromkeys(reader.module for reader in each.readers))
+            flops = f"{float(each.flops.mean()) / 1e6:,.3f}"
+            parameters = f"{float(each.parameters.mean()):,.0f}"
+            rows.append((name, each.kind, str(each.size), parameters, flops, _shortened(readers, 60)))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        left = {0, 1, 5}
+        lines = [
+            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
+        refused = [f"  {name}: {why}" for name, why in self.refused.items()]
+        return "\n".join([*map(str.rstrip, lines), *(["refused:"] if refused else []), *refused])
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,0 +1,154 @@
+"""Proof by trial: nothing is offered whose removal has not been tried on a copy of the network."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.structures.copying import copied, undisturbed
+from pyro_bmrs.structures.equality import difference
+from pyro_bmrs.structures.inputs import Inputs, call, output_tensors, random_like, to_network
+from pyro_bmrs.structures.record import Record, StructureSet
+from pyro_bmrs.structures.removal import cut, fixed_copy
+
+__all__ = ["Bench", "proved", "randomise_trivial"]
+
+TOLERANCE = 1e-9
+LOW_PRECISION_TOLERANCE = 1e-4  # of networks that compute in less than float64 by themselves
+
+
+@torch.no_grad()
+def randomise_trivial(net: nn.Module, generator: torch.Generator) -> None:
+    """Give parameters and buffers that are zero or constant random values, in place: a trial of them proves nothing."""
+    tensors = [*net.parameters(), *(b for b in net.buffers() if b.numel() > 1)]
+    for tensor in tensors:
+        if not tensor.is_floating_point() or not bool((tensor == tensor.reshape(-1)[0]).all()):
+            continue
+        value = float(tensor.reshape(-1)[0])
+        if value > 0:  # perhaps a variance, or another scale
+            factors = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.mul_(factors.to(tensor))
+        else:
+            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor))
+
+
+@dataclass
+class Bench:
+    """A copy of a network in float64 to try removals on, with inputs like the example.
+
+    Attributes:
+        net: The copy; its noise layers multiply by nothing.
+        inputs: Random inputs, one set for each trial.
+        tolerance: The largest difference that passes.
+    """
+
+    net: nn.Module
+    inputs: list[Inputs]
+    tolerance: float
+
+    @classmethod
+    def of(
+        cls,
+        net: nn.Module,
+        example_inputs: Inputs,
+        low_precision: bool = False,
+        trials: int = 4,
+        randomise: bool = True,
+    ) -> "Bench":
+        """Prepare a bench for ``net``, which is copied; its trivial tensors are randomised if asked for."""
+        generator = torch.Generator().manual_seed(0)
+        net = copied(net).eval().double()
+        if randomise:
+            randomise_trivial(net, generator)
+        example_inputs = to_network(example_inputs, net)
+        inputs = [random_like(example_inputs, generator, plain=i == 1) for i in range(trials)]
+        return cls(net, inputs, LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE)
+
+    def run(self, net: nn.Module, trial: int) -> Any:
+        """Run a network on the inputs of a trial, random operations in it alike."""
+        torch.manual_seed(trial)
+        return call(net, self.inputs[trial])
+
+    def attempt(self, record: Record, trial: int) -> str | None:
+        """Try one removal and return what is wrong with it, if anything.
+
+        The first two trials remove a random half of every site; further ones empty every other site too.
+        """
+        masks, values = _random_noise(record, trial)
+        with undisturbed(self.net), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                fixed = fixed_copy(self.net, record, values)
+                expected = self.run(fixed, trial)
+                if not _finite(expected):
+                    self.inputs[trial] = self.inputs[0]
+                    expected = self.run(fixed, trial)
+                smaller = cut(fixed, record, masks, values)
+                found = self.run(smaller, trial)
+            except Exception as error:  # whatever a network raises once it is smaller
+                return f"the network fails without them ({type(error).__name__}: {_first_line(error)})"
+        off = difference(found, expected)
+        if not off <= self.tolerance:
+            return f"its outputs are off by {off:.1e} of their spread without them"
+        expected_count = sum(each.numel() for each in smaller.parameters())
+        counted = record.count_parameters(record.dead(masks))
+        if counted != expected_count:
+            return f"it has {expected_count} parameters without them, where {counted} were expected"
+        return None
+
+
+def _finite(output: Any) -> bool:
+    return all(bool(torch.isfinite(each).all()) for each in output_tensors(output))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:150]
+
+
+def _random_noise(record: Record, trial: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    masks, values = {}, {}
+    for i, (name, site) in enumerate(record.sites.items()):
+        generator = torch.Generator().manual_seed(10 * i + trial)
+        mask = torch.rand(site.size, generator=generator) < 0.5
+        if site.size > 1:
+            first, second = torch.randperm(site.size, generator=generator)[:2].tolist()
+            mask[first], mask[second] = True, False
+        if trial >= 2 and i % 2 == trial % 2:
+            mask[:] = False
+        masks[name] = mask
+        values[name] = (0.5 + torch.rand(site.size, generator=generator, dtype=torch.float64)) * mask
+    return masks, values
+
+
+def proved(structures: StructureSet, bench: Bench) -> StructureSet:
+    """Return the structures and sites whose removal passes a trial, the others refused.
+
+    All are tried jointly first, and by halves where that fails; in the end what is offered has passed jointly.
+    """
+    record = structures.record
+    refused: dict[str, str] = {}
+    accepted: list[str] = []
+
+    def trouble(names: Sequence[str]) -> str | None:
+        trying = record.restricted({name: structures[name] for name in names if name in structures}, names)
+        tries = (bench.attempt(trying, trial) for trial in range(len(bench.inputs)))
+        return next((wrong for wrong in tries if wrong), None)
+
+    def search(names: list[str]) -> None:
+        wrong = trouble([*accepted, *names]) if names else None
+        if wrong is None:
+            accepted.extend(names)
+        elif len(names) == 1:
+            refused[names[0]] = f"its removal was tried, and {wrong}"
+        else:
+            search(names[: len(names) // 2])
+            search(names[len(names) // 2 :])
+
+    placed = [site for site, where in record.sites.items() if where.module is None]
+    search([*placed, *structures])
+    kept = {name: each for name, each in structures.items() if name not in refused}
+    masked_only = [site for site in placed if site in refused]
+    return StructureSet(kept, {**structures.refused, **refused}, record.frozen(masked_only))
