@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_bmrs.callbacks import Callback, Callbacks, JSONLines
 from pyro_bmrs.checkpoint import State, optimizer_tensors, read_checkpoint, restore_optimizer, write_checkpoint
-from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["accuracy", "outputs", "train_dense"]
 

@@ -19,8 +19,8 @@ from analysis.rank_correlation import spearman
 from analysis.recipes import criterion
 from analysis.reference_count import reference_compression
 from analysis.run import evaluate, short_history
-from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.model.noise import noise_layers
+from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["execute_continuous", "execute_post_training"]
 

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
 from analysis.dense import train_dense
-from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.model.noise import noise_layers
-from pyro_bmrs.structures import replace_module
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.points import replace_everywhere
 
 __all__ = ["Importance", "Ranking", "narrowed", "train_from_scratch", "train_peer", "without_noise"]
 
@@ -102,9 +102,8 @@ def train_peer(
 def without_noise(net: nn.Module) -> nn.Module:
     """Return a copy of ``net`` with ``nn.Identity`` in place of its noise layers."""
     net = copy.deepcopy(net)
-    noise = set(noise_layers(net).values())
-    for name in [name for name, module in net.named_modules() if module in noise]:
-        net = replace_module(net, name, nn.Identity())
+    for layer in noise_layers(net).values():
+        net = replace_everywhere(net, layer, nn.Identity())
     return net
 
 
@@ -202,9 +201,8 @@ def train_from_scratch(
         Rethinking the Value of Network Pruning (Liu et al., 2019)
     """
     net = copy.deepcopy(pruned)
-    scales = [name for name, module in net.named_modules() if isinstance(module, bmrs.ChannelScale)]
-    for name in scales:
-        net = replace_module(net, name, nn.Identity())
+    for scale in [module for module in net.modules() if isinstance(module, bmrs.ChannelScale)]:
+        net = replace_everywhere(net, scale, nn.Identity())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in net.modules():

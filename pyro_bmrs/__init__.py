@@ -4,7 +4,6 @@ Noise on a structure is a Pyro sample site; a reduced prior is another distribut
 reduction compares the two in closed form from the guide's parameters; what the evidence does not support is removed.
 """
 
-from pyro_bmrs.model.guides.beta import BetaGuide
 from pyro_bmrs.bmr import (
     DivergentIntegralError,
     Reduction,
@@ -40,14 +39,15 @@ from pyro_bmrs.diagnostics import evidence_changes, to_arviz
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.ensemble import Replica, fit_ensemble
-from pyro_bmrs.model.guides.flat import FlatGuide
-from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.io import load, prepare_run_folder, save
 from pyro_bmrs.model.attach import AttachedNoise, attach_noise
+from pyro_bmrs.model.guides.beta import BetaGuide
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise
-from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.model.prediction import predict
+from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.schedule import Continuous, PostTraining
 from pyro_bmrs.structures.attention import HeadwiseAttention

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, precision_window, spike
-from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.distributions import signal_to_noise
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Record, StructureSet, positions
 

@@ -86,7 +86,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     def _particle(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> Tensor:
         draws = self._draw(model, guide, *args, **kwargs)
         with _ObservedLogProb() as observed:
-            log_likelihood = model.log_likelihood(*args, **kwargs, noise=draws)
+            log_likelihood = model.log_likelihood(*args, **{**kwargs, "noise": draws})
         return log_likelihood + observed.total
 
     def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

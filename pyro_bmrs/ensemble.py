@@ -15,14 +15,14 @@ from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.data import Data, check_data, check_observations
 from pyro_bmrs.devices import resolve_device
 from pyro_bmrs.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.history import History
+from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.pruner import Pruner
 from pyro_bmrs.replicas import ReplicaTrainer
 from pyro_bmrs.schedule import Continuous, Rates
 from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.structures.compact import structures_of
+from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.svi import DEFAULT_CRITERION, DEFAULT_PRUNING, FitResult
 
 __all__ = ["Replica", "fit_ensemble"]
@@ -64,6 +64,7 @@ def fit_ensemble(
     kl_warmup_epochs: int | None = None,
     granularity: Granularity = "example",
     device: str | torch.device = "auto",
+    unremovable: Unremovable = "refuse",
     progress: bool = True,
     callbacks: Callable[[int], Sequence[Callback]] | None = None,
 ) -> list[Replica]:
@@ -89,6 +90,7 @@ def fit_ensemble(
         kl_warmup_epochs: Likewise.
         granularity: Likewise.
         device: Likewise.
+        unremovable: Likewise.
         progress: Whether to show a progress bar, with means over the replicas.
         callbacks: From a seed to what is told of its replica.
 
@@ -131,7 +133,7 @@ def fit_ensemble(
         models, guides = zip(*pairs, strict=True)
         trainer = ReplicaTrainer(models, guides, seeds, MeanFieldELBO(granularity), (x, y), batch_size, rates)
         first = (to_input(x[:batch_size].to(target)), y[:batch_size].to(target))
-        structures = structures_of(models[0].net, first[0][:2])  # of replicas alike
+        structures = removable_structures(models[0].net, first[0][:2], None, unremovable)  # of replicas alike
         with ExitStack() as open_callbacks:
             fits = []
             for seed, (model, guide) in zip(seeds, pairs, strict=True):

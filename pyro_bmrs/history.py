@@ -7,11 +7,11 @@ from pyro.distributions import Categorical
 from torch import Tensor
 
 from pyro_bmrs.checkpoint import State
-from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.prediction import predict
 from pyro_bmrs.pruner import Pruner
+from pyro_bmrs.structures.cost import count_parameters
 
 __all__ = ["History"]
 

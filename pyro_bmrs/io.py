@@ -155,7 +155,9 @@ def _rebuild_container(kind: str, children: Mapping[str, Any], given: nn.Module 
 
 def _build_layer(kind: Any, arguments: Any, name: str) -> nn.Module:
     layer = getattr(nn, kind, None) if isinstance(kind, str) else None
-    if kind not in ("ChannelGather", "ChannelScale", "ChannelScatter") and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+    if kind not in ("ChannelGather", "ChannelScale", "ChannelScatter") and not (
+        isinstance(layer, type) and issubclass(layer, nn.Module)
+    ):
         raise ValueError(
             f"{name!r} is described as {kind!r}, which is no layer of torch.nn; the file is not ours or not whole"
         )

@@ -8,7 +8,6 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 
-from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.faults import check_parameters, loss_error
@@ -17,6 +16,7 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.schedule import Rates
+from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["ReplicaTrainer", "Stack"]
 

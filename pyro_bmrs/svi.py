@@ -22,13 +22,15 @@ from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.data import Data, check_data, check_observations
 from pyro_bmrs.devices import check_precision, make_fabric
 from pyro_bmrs.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.history import History
 from pyro_bmrs.io import PathLike
+from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.pruner import Pruner
 from pyro_bmrs.schedule import Continuous, PostTraining, Rates, check_numbers
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.record import StructureSet
+from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.training import Trainer
 
 __all__ = ["FitResult", "fit"]
@@ -83,6 +85,8 @@ def fit(
     precision: str = "32-true",
     fabric: Fabric | None = None,
     compile: bool = False,  # noqa: A002  (torch's name for it)
+    structures: StructureSet | None = None,
+    unremovable: Unremovable = "refuse",
     seed: int | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
@@ -123,6 +127,9 @@ def fit(
             arguments and gets the same result; each draws its own noise.
         compile: Whether to compile steps, which takes its time once (on CUDA to capture them as a graph, which does
             not): for long fits.
+        structures: What ``find_structures`` has said of the network; found and proved by default.
+        unremovable: What to do with sites whose structures cannot be removed later: ``"refuse"`` them before training,
+            or ``"mask"`` them only.
         seed: Seed of data order and noise; the caller's random state is left alone. None draws from it instead.
         progress: Whether to show a progress bar.
         callbacks: Told of every epoch, every pruning and the end.
@@ -184,7 +191,8 @@ def fit(
             check_observations(model, *held_out, "validation")
             held_out = (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
         first = (to_input(x[:batch_size].to(fabric.device)), y[:batch_size].to(fabric.device))
-        pruner = Pruner(model, guide, criterion, first)
+        known = removable_structures(model.net, first[0][:2], structures, unremovable)
+        pruner = Pruner(model, guide, criterion, first, known)
         history = History(model, guide, pruner, held_out)
         trainer = Trainer(fabric, model, guide, MeanFieldELBO(granularity), (x, y), batch_size, rates, order, compile)
         run = _Run(model, guide, trainer, pruner, history, settings, path)

@@ -8,7 +8,6 @@ from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
 from pyro_bmrs.checkpoint import State, optimizer_tensors, restore_optimizer
-from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.devices import keep_freed_memory, place
 from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.faults import check_parameters, loss_error
@@ -17,6 +16,7 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.schedule import Rates
 from pyro_bmrs.steps import NonFiniteLossError, Step, make_step
+from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["Trainer"]
 

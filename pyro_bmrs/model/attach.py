@@ -11,14 +11,14 @@ from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Argument, Site, StructureSet
-from pyro_bmrs.structures.removal import adopt_attention, reader_inputs
+from pyro_bmrs.structures.removal import adopt_attention, changed_arguments, reader_inputs
 
 __all__ = ["AttachedNoise", "attach_noise"]
 
-Prior = TorchDistribution | Mapping[str, TorchDistribution] | None
 
-
-def attach_noise(net: nn.Module, structures: StructureSet, prior: Prior = None) -> "AttachedNoise":
+def attach_noise(
+    net: nn.Module, structures: StructureSet, prior: TorchDistribution | Mapping[str, TorchDistribution] | None = None
+) -> "AttachedNoise":
     """Return ``net`` with noise on its structures, as a module to give to ``NoisyNetwork``.
 
     Each group of structures gets one site, ``"<group>.theta"``, and one factor for each structure. It multiplies the
@@ -56,7 +56,12 @@ class AttachedNoise(Attachment):
         noise: The noise layers; they run before the network does, and hooks read what they have drawn.
     """
 
-    def __init__(self, net: nn.Module, structures: StructureSet, prior: Prior = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        structures: StructureSet,
+        prior: TorchDistribution | Mapping[str, TorchDistribution] | None = None,
+    ) -> None:
         _check(net, structures)
         super().__init__(net, structures.with_noise())
         self.noise = nn.ModuleDict()
@@ -66,11 +71,13 @@ class AttachedNoise(Attachment):
             layer.site_name = name
             like = next((p for p in net.parameters()), torch.zeros(()))
             self.noise[name.replace(".", "/")] = layer.to(like.device)
+        self.training = net.training
         self._attach()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Draw the noise that is not known yet, all of it before the network runs."""
-        drawn = [layer for layer in self.noise.values() if layer.site is not None and layer.held() is None]
+        layers: list[Any] = list(self.noise.values())
+        drawn = [layer for layer in layers if layer.site is not None and layer.held() is None]
         for layer in drawn:
             layer.hold(layer.sample())
         try:
@@ -112,7 +119,9 @@ class AttachedNoise(Attachment):
                 hook = _ReaderHook(layer, index, arguments)
                 self.net.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
             if site.module is not None:
-                self.net.get_submodule(site.module).register_forward_hook(_OutputHook(layer, site.dim), with_kwargs=True)
+                self.net.get_submodule(site.module).register_forward_hook(
+                    _OutputHook(layer, site.dim), with_kwargs=True
+                )
 
 
 def _check(net: nn.Module, structures: StructureSet) -> None:
@@ -157,15 +166,8 @@ class _ReaderHook:
                 self.index = self.index.to(theta.device)
             padded = nn.functional.pad(theta, (0, 1), value=1.0) if self.partial else theta
             theta = padded.index_select(-1, self.index)
-        done: dict[int, Tensor] = {}
-        new: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        for key, dim in self.arguments:
-            x = new.get(key)
-            if isinstance(x, Tensor):
-                if id(x) not in done:  # what was one tensor stays one
-                    done[id(x)] = self.noise.multiply(x, theta, dim)
-                new[key] = done[id(x)]
-        return tuple(new[i] for i in range(len(args))), {name: new[name] for name in kwargs}
+        factors = theta
+        return changed_arguments(self.arguments, args, kwargs, lambda x, dim: self.noise.multiply(x, factors, dim))
 
 
 class _OutputHook:
@@ -181,4 +183,3 @@ class _OutputHook:
         x = output if isinstance(output, Tensor) else output[0]
         y = self.noise.multiply(x, theta, self.dim)
         return y if isinstance(output, Tensor) else (y, *output[1:])
-

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
-import torch
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
@@ -17,6 +17,7 @@ from pyro_bmrs.model.noise import MultiplicativeNoise, noise_layers, supply_nois
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import no_fast_path
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call
+from pyro_bmrs.structures.points import Attachment
 
 __all__ = ["Likelihood", "NoisyNetwork", "categorical", "element_shapes"]
 
@@ -92,9 +93,18 @@ class NoisyNetwork(PyroModule):
             layer.kl_weight = by_site[site]
         self.net = net
         self._noise = layers
+        own = net.net if isinstance(net, Attachment) else net
+        self._frozen = [module for module in own.modules() if not module.training] if own.training else []
         self.likelihood = categorical if likelihood is None else likelihood
         self.num_data = num_data
         self.kl_weight = overall
+
+    def train(self, mode: bool = True) -> "NoisyNetwork":
+        """Set train mode, or eval mode; what was in eval mode in a network in train mode, when this was made, stays so."""
+        super().train(mode)
+        for module in self._frozen:
+            module.train(False)
+        return self
 
     @property
     def noise(self) -> dict[str, MultiplicativeNoise]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.copying import undisturbed
-from pyro_bmrs.structures.inputs import Inputs, call
+from pyro_bmrs.structures.inputs import Inputs, call, to_network
 from pyro_bmrs.structures.record import Record, StructureSet
 from pyro_bmrs.structures.removal import cut, fixed_copy
 
@@ -61,14 +60,14 @@ def count_flops(
         structures: See ``count_parameters``.
         masks: See ``count_parameters``.
     """
-    if structures is not None and masks is not None:
-        record = structures.with_noise().record
-        values = {site: mask.float() for site, mask in masks.items()}
-        plain = plain_copy(net)
-        with torch.no_grad():
-            net = cut(fixed_copy(plain, record, values), record, masks, values)
-    with evaluating(net), undisturbed(net), FlopCounterMode(display=False) as counter:
-        call(net, example_input)
+    plain = plain_copy(net).requires_grad_(False).eval()
+    with undisturbed(plain):
+        if structures is not None and masks is not None:
+            record = structures.with_noise().record
+            values = {site: torch.ones(each.size) for site, each in record.sites.items()} | dict(masks)
+            plain = cut(fixed_copy(plain, record, values), record, masks, values)
+        with FlopCounterMode(display=False) as counter:
+            call(plain, to_network(example_input, plain))
     return counter.get_total_flops()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.inputs import Inputs, call, output_tensors, to_network
-from pyro_bmrs.structures.labels import FIXED, Classes, squeeze, support
+from pyro_bmrs.structures.labels import Classes, squeeze, support
 from pyro_bmrs.structures.points import NoisePoint, noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Kind, Product, Reader, Record, Site, Slot, Structure, StructureSet
 from pyro_bmrs.structures.rules import RULES
@@ -166,16 +166,16 @@ def _freeze_what_cannot_shrink(tracer: Tracer, net: nn.Module) -> None:
         module = net.get_submodule(owner)
         kind = type(module)
         known = kind.__name__ in _SHRINKABLE or isinstance(module, HeadwiseAttention)
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase) or (kind.__module__.startswith("torch.nn.modules") and not known):
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase) or (
+            kind.__module__.startswith("torch.nn.modules") and not known
+        ):
             tracer.labels.freeze(labels, f"{owner!r} is a {kind.__name__}, which cannot be made smaller")
 
 
 class _Reading:
     """Makes classes of labels, and structures of classes."""
 
-    def __init__(
-        self, tracer: Tracer, net: nn.Module, points: dict[str, NoisePoint], outputs: Sequence[str]
-    ) -> None:
+    def __init__(self, tracer: Tracer, net: nn.Module, points: dict[str, NoisePoint], outputs: Sequence[str]) -> None:
         self.tracer, self.net, self.points, self.outputs = tracer, net, points, outputs
         self.classes: Classes = tracer.labels.resolve()
         self.slots = {slot: self.classes(labels) for slot, labels in tracer.slots.items()}
@@ -199,7 +199,33 @@ class _Reading:
         for name, kind, classes, readers in groups:
             norms = sorted(set().union(*(self.norms.get(each, set()) for each in classes.tolist())))
             found[name] = Structure.of(record, name, kind, classes, readers, tuple(norms), costs)
+        for site in self.points:
+            why = self._site_trouble(site, record)
+            if why:
+                refused[site] = why
         return StructureSet(found, refused, record)
+
+    def _site_trouble(self, name: str, record: Record) -> str | None:
+        """Return why the noise of a layer inside the network should not be fitted, if there is a reason."""
+        site = record.sites[name]
+        if site.size == 1:
+            return None  # a layer keeps its last structure, with noise 0 once it is removed
+        if name in self.tracer.folds.normed:
+            norm = self.tracer.folds.normed[name]
+            return f"{norm!r}, a {type(self.net.get_submodule(norm)).__name__} behind it, divides the noise out again in training"
+        mask = torch.zeros(site.size, dtype=torch.bool)
+        all_gone = {each: torch.zeros(other.size, dtype=torch.bool) for each, other in record.sites.items()}
+        own = torch.cat([site.before, *([] if site.after is None else [site.after])])
+        if bool(record.dead({name: mask}).any()) or bool(record.dead(all_gone)[own].any()):
+            return None
+        assert site.after is not None
+        before = self._first_reason(site.before, "other layers read the same channels without it")
+        after = self._first_reason(site.after, "other layers add to the same channels")
+        return f"nothing can shrink in front of the noise ({before}) nor behind it ({after})"
+
+    def _first_reason(self, classes: Tensor, otherwise: str) -> str:
+        reasons = [self.classes.reasons[each] for each in classes.tolist() if each in self.classes.reasons]
+        return reasons[0] if reasons else otherwise
 
     def _record(self) -> Record:
         tracer, classes = self.tracer, self.classes
@@ -217,8 +243,8 @@ class _Reading:
             parameters=parameters,
             reading=frozenset(counts),
             fixed=fixed,
-            written=classes.marked(tracer.written),
-            read=classes.marked(tracer.read),
+            written=classes.marked(tracer.written) | fixed,
+            read=classes.marked(tracer.read) | fixed,  # by what it was that froze them
             sites={site: self._site(site, *labels) for site, labels in tracer.points.items()},
             heads={name: torch.cat(each).unique() for name, each in heads.items()},
             counted={name: classes(labels).reshape(-1) for labels, name in tracer.counted},

@@ -22,7 +22,7 @@ def difference(found: Any, expected: Any) -> float:
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.numel() == 0:
             continue
-        ours, theirs = ours.double(), theirs.double()
+        ours, theirs = ours.detach().double(), theirs.detach().double()
         if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
             return float("inf")
         spread = float(theirs.max() - theirs.min())

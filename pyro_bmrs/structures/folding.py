@@ -23,7 +23,7 @@ _HOMOGENEOUS = {
     "feature_dropout", "upsample_nearest2d", "upsample_bilinear2d", "detach", "unflatten", "movedim", "t",
 }  # fmt: skip
 _CONTRACTIONS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution"}
-_BATCH_NORMS = {"batch_norm"}
+_BATCH_NORMS = {"batch_norm", "instance_norm"}
 
 
 @dataclass
@@ -48,9 +48,11 @@ class FoldTracker:
 
     Attributes:
         parameters: Names of parameters and buffers by the tensors' ids.
+        normed: For sites whose noise reaches a batch norm as a factor of a whole channel, the name of that module.
     """
 
     def __init__(self) -> None:
+        self.normed: dict[str, str] = {}
         self.parameters: dict[int, str] = {}
         self._scaled: dict[int, str] = {}
         self._made: dict[int, Maker] = {}
@@ -88,17 +90,17 @@ class FoldTracker:
         """Hear what the network returns."""
         self._consume(outputs)
 
-    def observe(self, call: "Call") -> None:
-        """Follow one operation."""
+    def observe(self, call: "Call", here: str) -> None:
+        """Follow one operation, which the module called ``here`` runs."""
+        if call.name in _BATCH_NORMS and id(call.args[0]) in self._scaled:
+            self.normed.setdefault(self._scaled[id(call.args[0])], here)
         for tensor in call.inputs:
             if id(tensor) in self.parameters:
                 self._uses[self.parameters[id(tensor)]] += 1
         data = [each for each in call.inputs if id(each) not in self.parameters]
         if call.name in _HOMOGENEOUS and len(data) == 1 and len(call.inputs) == 1:
             self._pass_on(data[0], call.outputs[:1])
-        elif call.name in _CONTRACTIONS and not self._read(call):
-            self._consume(data)
-        elif call.name not in _CONTRACTIONS:
+        elif (call.name in _CONTRACTIONS and not self._read(call)) or call.name not in _CONTRACTIONS:
             self._consume(data)
         self._make(call)
 

@@ -34,9 +34,9 @@ def batches(inputs: Inputs, size: int) -> Iterator[Inputs]:
     total = batch_size(inputs)
     for start in range(0, total, size):
         yield tree_map(
-            lambda each, start=start: each[start : start + size]
-            if isinstance(each, Tensor) and each.dim() and len(each) == total
-            else each,
+            lambda each, start=start: (
+                each[start : start + size] if isinstance(each, Tensor) and each.dim() and len(each) == total else each
+            ),
             inputs,
         )
 
@@ -101,4 +101,3 @@ def random_like(inputs: Inputs, generator: torch.Generator, plain: bool = False)
         return new.to(value.device, value.dtype).reshape(value.shape)
 
     return tree_map(drawn, inputs)
-

@@ -104,7 +104,7 @@ class Product:
         for axis in self.axes:
             alive = axis[~_at(dead, axis)]
             counts = torch.bincount(alive[alive >= 0], minlength=len(savings))
-            left *= 1 - counts / len(alive)
+            left *= 1 - counts.double() / len(alive)
         savings += total * (1 - left)
 
 
@@ -380,15 +380,17 @@ class StructureSet(Mapping[str, Structure]):
         structures: Groups of structures by name.
         refused: Why other groups cannot be removed, by name.
         record: The network's record, with the sites of its noise layers.
+        proved: Whether their removal has been tried.
 
     Attributes:
-        refused: As given.
-        record: As given.
+        refused: As given, and so are ``record`` and ``proved``.
     """
 
-    def __init__(self, structures: Mapping[str, Structure], refused: Mapping[str, str], record: Record) -> None:
+    def __init__(
+        self, structures: Mapping[str, Structure], refused: Mapping[str, str], record: Record, proved: bool = False
+    ) -> None:
         self._structures = dict(structures)
-        self.refused, self.record = dict(refused), record
+        self.refused, self.record, self.proved = dict(refused), record, proved
 
     def __getitem__(self, name: str) -> Structure:
         if name not in self._structures:
@@ -402,7 +404,9 @@ class StructureSet(Mapping[str, Structure]):
     def __len__(self) -> int:
         return len(self._structures)
 
-    def select(self, kinds: Kind | tuple[Kind, ...] | None = None, names: str | tuple[str, ...] = "*") -> "StructureSet":
+    def select(
+        self, kinds: Kind | tuple[Kind, ...] | None = None, names: str | tuple[str, ...] = "*"
+    ) -> "StructureSet":
         """Return the groups of some kinds whose names match a pattern, such as ``"encoder.*"``.
 
         Raises:
@@ -417,12 +421,12 @@ class StructureSet(Mapping[str, Structure]):
         }
         if not chosen:
             raise ValueError(f"no structures of kinds {kinds} match {names!r}; there are {list(self._structures)}")
-        return StructureSet(chosen, self.refused, self.record)
+        return StructureSet(chosen, self.refused, self.record, self.proved)
 
     def with_noise(self) -> "StructureSet":
         """Return the set with a site for each of its groups in the record, and no others but those of noise layers."""
         placed = [name for name, site in self.record.sites.items() if site.module is None]
-        return StructureSet(self, self.refused, self.record.restricted(self._structures, placed))
+        return StructureSet(self, self.refused, self.record.restricted(self._structures, placed), self.proved)
 
     def without(self, dead: Tensor) -> "StructureSet":
         """Return what is left once classes are gone, noise still in place."""
@@ -433,7 +437,7 @@ class StructureSet(Mapping[str, Structure]):
             site = record.sites.get(f"{name}.theta")
             classes = new[each.classes[~dead[each.classes]]] if site is None else site.before
             left[name] = Structure.of(record, name, each.kind, classes, each.readers, each.norms)
-        return StructureSet(left, self.refused, record)
+        return StructureSet(left, self.refused, record, self.proved)
 
     def __repr__(self) -> str:
         return f"StructureSet({len(self)} groups, {sum(each.size for each in self.values())} structures)"

@@ -1,6 +1,6 @@
 """Removing what a record says can go: noise at fixed values in a copy, then smaller tensors."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,20 @@ from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScat
 from pyro_bmrs.structures.points import noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Argument, Record, Site, Slot, positions
 
-__all__ = ["FixedInput", "adopt_attention", "cut", "fixed_copy", "fold", "hook_readers", "refit", "take"]
+__all__ = [
+    "adopt_attention",
+    "aligned",
+    "changed_arguments",
+    "cut",
+    "cut_tensors",
+    "fixed_copy",
+    "reader_inputs",
+    "release_attention",
+    "take",
+]
 
 
-class FixedInput:
+class _FixedInput:
     """Multiplies the channels of some of a module's arguments by constants; an object, so that copies are whole.
 
     Args:
@@ -28,20 +38,27 @@ class FixedInput:
         self.scale, self.arguments = scale, arguments
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return scale_arguments(self.scale, self.arguments, args, kwargs)
+        scale = self.scale
+        return changed_arguments(
+            self.arguments, args, kwargs, lambda x, dim: x * aligned(scale.to(x.device, x.dtype), x, dim)
+        )
 
 
-def scale_arguments(
-    scale: Tensor, arguments: tuple[Argument, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+def changed_arguments(
+    arguments: tuple[Argument, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    change: Callable[[Tensor, int], Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a module's arguments with channels of some of them multiplied; what was one tensor stays one."""
+    """Return a module's arguments with some of them changed; what was one tensor stays one."""
     done: dict[int, Tensor] = {}
-    new: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    new: dict[int | str, Any] = dict(enumerate(args))
+    new.update(kwargs)
     for key, dim in arguments:
         x = new.get(key)
         if isinstance(x, Tensor):
             if id(x) not in done:
-                done[id(x)] = x * aligned(scale.to(x.dtype), x, dim)
+                done[id(x)] = change(x, dim)
             new[key] = done[id(x)]
     return tuple(new[i] for i in range(len(args))), {name: new[name] for name in kwargs}
 
@@ -56,7 +73,9 @@ def aligned(scale: Tensor, x: Tensor, dim: int) -> Tensor:
 def factors(values: Tensor, index: Tensor) -> Tensor:
     """Return the value of each position's structure, 1 where it has none."""
     index = index.to(values.device)
-    return torch.where(index >= 0, values[..., index.clamp_min(0)], torch.ones((), dtype=values.dtype, device=values.device))
+    return torch.where(
+        index >= 0, values[..., index.clamp_min(0)], torch.ones((), dtype=values.dtype, device=values.device)
+    )
 
 
 def adopt_attention(net: nn.Module) -> None:
@@ -73,8 +92,8 @@ def fixed_copy(net: nn.Module, record: Record, values: Mapping[str, Tensor]) -> 
     """
     net = copied(net).eval()
     adopt_attention(net)
-    for site, point in noise_points(net).items():
-        net = replace_everywhere(net, point, _Scale(site, values[site].detach().to(point.keep.device), point.dim))
+    for name, point in noise_points(net).items():
+        net = replace_everywhere(net, point, _Scale(name, values[name].detach().to(point.keep.device), point.dim))
     for name, site in record.sites.items():
         hook_readers(net, record, site, values[name].detach())
         if site.module is not None:
@@ -106,7 +125,7 @@ class _FixedOutput:
 def hook_readers(net: nn.Module, record: Record, site: Site, values: Tensor) -> None:
     """Multiply the inputs of a site's readers by its values."""
     for module, (index, arguments) in reader_inputs(record, site).items():
-        hook = FixedInput(factors(values, index), arguments)
+        hook = _FixedInput(factors(values, index), arguments)
         net.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -135,11 +154,13 @@ def cut(net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Map
     record = untied(net, record)
     dead = record.dead(masks)
     for hooks in (each for module in net.modules() for each in (module._forward_pre_hooks, module._forward_hooks)):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, FixedInput | _FixedOutput)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _FixedInput | _FixedOutput)]:
             del hooks[key]
     for module in net.modules():
         for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
-            for key in [key for key in flags if key not in module._forward_pre_hooks and key not in module._forward_hooks]:
+            for key in [
+                key for key in flags if key not in module._forward_pre_hooks and key not in module._forward_hooks
+            ]:
                 del flags[key]
     scales = {module.site: module for module in net.modules() if isinstance(module, _Scale)}
     left: dict[str, list[nn.Module]] = {}
@@ -303,7 +324,8 @@ def refit_attention(module: Any, classes: Tensor, dead: Tensor) -> None:
 
 def refit(net: nn.Module) -> None:
     """Tell layers of torch.nn the sizes of their tensors."""
-    for module in net.modules():
+    for each in net.modules():
+        module: Any = each
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
@@ -341,4 +363,3 @@ def release_attention(net: nn.Module) -> None:
     for module in list(net.modules()):
         if isinstance(module, HeadwiseAttention) and module.is_whole:
             module.release()
-

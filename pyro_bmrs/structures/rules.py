@@ -1,14 +1,12 @@
 """What each operation does to labels. An operation without a rule freezes whatever it touches."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyro_bmrs.structures.labels import FIXED, squeeze, support
+from pyro_bmrs.structures.labels import FIXED, support
 from pyro_bmrs.structures.tracer import Call, Operand, Tracer, Work
 
 __all__ = ["RULES"]
@@ -65,6 +63,8 @@ def _move(tracer: Tracer, call: Call) -> None:
         moved = _on_labels(call, labels.expand(x.shape))
         for result, each in zip(results, moved, strict=True):
             result.append(each)
+            if not support(squeeze(each)):
+                tracer.labels.freeze(each, f"{tracer.place()} picks a single one out")
     for y, result in zip(call.outputs, results, strict=True):
         tracer.set(y, result)
     tracer.moved(x, call.outputs)
@@ -128,7 +128,9 @@ def _joined_along(tracer: Tracer, operands: Sequence[Operand], dim: int, y: Tens
         one[dim] = size
         parts.append(found[0] if found else torch.full(one, FIXED))
     shape = [max(each.shape[d] for each in parts) for d in range(y.dim())]
-    return torch.cat([each.expand([each.shape[d] if d == dim else n for d, n in enumerate(shape)]) for each in parts], dim)
+    return torch.cat(
+        [each.expand([each.shape[d] if d == dim else n for d, n in enumerate(shape)]) for each in parts], dim
+    )
 
 
 def _without(shape: Sequence[int], dim: int) -> list[int]:
@@ -303,10 +305,14 @@ def _convolution(tracer: Tracer, call: Call) -> None:
     made, read = _by_dim(weights, 1 if transposed else 0), _by_dim(weights, 0 if transposed else 1)
     outputs = (x if transposed else y).numel() * weight[0].numel()
     if groups > 1:
-        out = _grouped(tracer, inputs, made, read, (channel, x.shape[channel], y.shape[channel], groups, outputs, transposed))
+        out = _grouped(
+            tracer, inputs, made, read, (channel, x.shape[channel], y.shape[channel], groups, outputs, transposed)
+        )
     else:
         # The index space (..., in, out): what the input varies along besides channels stays.
-        left = Operand([each.unsqueeze(channel + 1) for each in inputs if each is not None], _with(x.shape, channel + 1))
+        left = Operand(
+            [each.unsqueeze(channel + 1) for each in inputs if each is not None], _with(x.shape, channel + 1)
+        )
         right = Operand(
             [_placed(each, d, x.dim() + 1) for each, d in ((read, channel), (made, channel + 1)) if each is not None],
             [weight.shape[0 if transposed else 1] if d == channel else weight.shape[1 if transposed else 0]
@@ -318,7 +324,9 @@ def _convolution(tracer: Tracer, call: Call) -> None:
     if bias is not None:
         aligned = [_placed(each, channel, y.dim()) for each in tracer.of(bias)]
         shape = [n if d == channel else 1 for d, n in enumerate(y.shape)]
-        out = tracer.combine([Operand(out, list(y.shape)), Operand(aligned, shape)], f"{tracer.place()} adds a fixed bias")
+        out = tracer.combine(
+            [Operand(out, list(y.shape)), Operand(aligned, shape)], f"{tracer.place()} adds a fixed bias"
+        )
         tracer.written.extend(out)
     tracer.set(y, out)
 
@@ -389,7 +397,9 @@ def _attention(tracer: Tracer, call: Call) -> None:
     softmax = [tracer.mix(each, {columns}, "attention") for each in weights]
     scores = Operand([each for each in softmax if each is not None], [*q.shape[:-1], k.shape[-2], 1])
     if isinstance(mask, Tensor) and tracer.of(mask):
-        added = [each.reshape([1] * (q.dim() - each.dim()) + list(each.shape)).unsqueeze(-1) for each in tracer.of(mask)]
+        added = [
+            each.reshape([1] * (q.dim() - each.dim()) + list(each.shape)).unsqueeze(-1) for each in tracer.of(mask)
+        ]
         shape = [1] * (q.dim() - mask.dim()) + list(mask.shape) + [1]
         scores.labels = tracer.combine([scores, Operand(added, shape)], f"{tracer.place()} adds to it what is fixed")
     results = tracer.contract(scores, place(v, columns), columns, q.shape[:-1].numel() * v.shape[-2] * v.shape[-1])
@@ -446,7 +456,9 @@ def _weight_norm(tracer: Tracer, call: Call) -> None:
     v, g, y = call.args[0], call.args[1], call.outputs[0]
     dim = call.argument(2, "dim", 0) % v.dim()
     others = set(range(v.dim())) - {dim}
-    kept = [each for each in (tracer.mix(each, others, "weight normalisation") for each in tracer.of(v)) if each is not None]
+    kept = [
+        each for each in (tracer.mix(each, others, "weight normalisation") for each in tracer.of(v)) if each is not None
+    ]
     operands = [Operand(kept, _only(v.shape, dim)), Operand(tracer.of(g), list(g.shape))]
     tracer.set(y, tracer.combine(operands, f"{tracer.place()} normalises its weight"))
 
@@ -492,7 +504,9 @@ def _channelwise_norm(tracer: Tracer, call: Call) -> None:
     if call.name == "instance_norm":
         spatial = set(range(2, x.dim()))
         operands[0].labels = [
-            each for labels in operands[0].labels if (each := tracer.mix(labels, spatial, "a normalisation")) is not None
+            each
+            for labels in operands[0].labels
+            if (each := tracer.mix(labels, spatial, "a normalisation")) is not None
         ]
     for tensor in call.args[1:5]:
         if isinstance(tensor, Tensor):
@@ -578,7 +592,11 @@ def _reduce(tracer: Tracer, call: Call) -> None:
         return
     position = 2 if call.name in ("linalg_vector_norm", "norm") else 1
     dims = call.argument(position, "dim")
-    over = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)} if dims not in (None, []) else set(range(x.dim()))
+    over = (
+        {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        if dims not in (None, [])
+        else set(range(x.dim()))
+    )
     if call.name not in ("mean", "sum", "amax", "max"):
         tracer.written.extend(tracer.of(x))
     keep = call.outputs[0].dim() == x.dim()

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["shrink", "shrink_known"]
 
 
-def shrink(
-    model: "NoisyNetwork", guide: "FlatGuide", optimizer: Optimizer, example_input: Inputs
-) -> dict[str, Tensor]:
+def shrink(model: "NoisyNetwork", guide: "FlatGuide", optimizer: Optimizer, example_input: Inputs) -> dict[str, Tensor]:
     """Take the structures that the model's masks remove out of network, guide and optimiser, and train on faster.
 
     The steps that follow are those of the masked network: same losses, same weights, same posteriors of what remains.
@@ -82,9 +80,7 @@ def shrink_known(
     _check_state(optimizer)
     record = structures.record
     dead = record.dead(model.masks, in_place=True)
-    kept = {
-        name: (~record.removed_structures(record.sites[name], dead)).nonzero().squeeze(1) for name in model.sizes
-    }
+    kept = {name: (~record.removed_structures(record.sites[name], dead)).nonzero().squeeze(1) for name in model.sizes}
     _try_on_copy(model.net, structures, dead, example_input)
     net = model.net.net if isinstance(model.net, Attachment) else model.net
     parameters = dict(net.named_parameters())

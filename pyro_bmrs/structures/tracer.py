@@ -167,7 +167,8 @@ class Tracer(TorchDispatchMode):
 
     def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hear that a module starts to run."""
-        self._modules.append((name, {**dict(enumerate(args)), **kwargs}))
+        arguments: dict[int | str, Any] = dict(enumerate(args))
+        self._modules.append((name, arguments | kwargs))
 
     def leave(self) -> None:
         """Hear that it ends."""
@@ -334,6 +335,9 @@ class Tracer(TorchDispatchMode):
         else:
             after = self.labels.new(x.shape[dim])
             self.points[site] = before, after
+        if x.shape[dim] == 1:
+            for each in (before, after):
+                self.labels.freeze(each, "there is only one of them")
         self.set(y, [*(each for each in self.of(x) if dim not in support(each)), _along(after, dim, x.dim())])
         self.folds.boundary(site, x, y)
         return y
@@ -348,7 +352,7 @@ class Tracer(TorchDispatchMode):
                 self.low_precision = True
         call = Call(func._overloadpacket.__name__, func, args, kwargs, outputs, inputs)
         with _disable_current_modes():
-            self.folds.observe(call)
+            self.folds.observe(call, self.here)
             self.use(inputs)
             if any(self.of(each) for each in inputs):
                 self._apply(call)

@@ -151,4 +151,4 @@ def proved(structures: StructureSet, bench: Bench) -> StructureSet:
     search([*placed, *structures])
     kept = {name: each for name, each in structures.items() if name not in refused}
     masked_only = [site for site in placed if site in refused]
-    return StructureSet(kept, {**structures.refused, **refused}, record.frozen(masked_only))
+    return StructureSet(kept, {**structures.refused, **refused}, record.frozen(masked_only), proved=True)

@@ -184,8 +184,7 @@ def test_score_of_the_observations_is_that_of_their_site(likelihood):
     with poutine.trace() as traced, fix_noise(theta):
         model(x, y)
     site = traced.trace.nodes["obs"]
-    with supply_noise(model.noise, theta):
-        found = model.log_likelihood(x, y)
+    found = model.log_likelihood(x, y, noise=theta)
     torch.testing.assert_close(found, (site["scale"] * site["fn"].log_prob(y)).sum())
 
 

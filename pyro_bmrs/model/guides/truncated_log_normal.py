@@ -1,7 +1,7 @@
 """The guide of log-uniform and truncated log-normal noise."""
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model.guides.flat import FlatGuide

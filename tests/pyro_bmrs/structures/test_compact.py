@@ -86,7 +86,7 @@ def test_the_result_can_be_trained_further():
     assert losses[-1] < losses[0]
 
 
-def test_a_constant_that_no_bias_can_hold_is_refused():
+def test_a_constant_that_no_bias_can_hold_stays_where_it_is():
     net = nn.Sequential(  # the padding's zeros are not the constant sigmoid(0)
         nn.Conv2d(1, 4, 3), bmrs.MultiplicativeNoise(4), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1),
         nn.Flatten(), nn.LazyLinear(3),
@@ -95,8 +95,10 @@ def test_a_constant_that_no_bias_can_hold_is_refused():
     net(x)
     model = bmrs.NoisyNetwork(net)
     guide = bmrs.TruncatedLogNormalGuide(model)
-    with pytest.raises(ValueError, match="layer '3' consumes cannot go"):
-        bmrs.compact(model, guide, {"1.theta": torch.tensor([True, False, True, True])}, x)
+    masks = {"1.theta": torch.tensor([True, False, True, True])}
+    small = bmrs.compact(model, guide, masks, x)
+    torch.testing.assert_close(small(x), bmrs.predict(model, guide, x, masks), rtol=0, atol=1e-5)
+    assert (small[0].out_channels, small[3].in_channels) == (3, 4)
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "noise_between_tanhs"])
@@ -140,5 +142,7 @@ def test_noise_is_folded_into_those_that_see_it_and_shared_structures_stay():
     guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-1.0)
     x = torch.randn(5, 3)
     torch.testing.assert_close(bmrs.compact(model, guide, None, x)(x), bmrs.predict(model, guide, x))
-    with pytest.raises(ValueError, match="layer 'plain' consumes cannot go"):
-        bmrs.compact(model, guide, {"noise.theta": torch.tensor([True, False, True, True])}, x)
+    masks = {"noise.theta": torch.tensor([True, False, True, True])}
+    small = bmrs.compact(model, guide, masks, x)
+    torch.testing.assert_close(small(x), bmrs.predict(model, guide, x, masks))
+    assert (small.stem.out_features, small.noisy.in_features, small.plain.in_features) == (4, 3, 4)

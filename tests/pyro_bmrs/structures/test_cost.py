@@ -8,7 +8,7 @@ from torch import nn
 import pyro_bmrs as bmrs
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "noise_before_sigmoid"])  # it gains a bias
+@pytest.mark.parametrize("name", NETWORKS)
 def test_masked_count_is_that_of_the_smaller_network(name):
     model, guide, x = build(name)
     masks = random_masks(model)
@@ -21,8 +21,11 @@ def test_masked_count_is_that_of_the_smaller_network(name):
 def test_parameters_of_a_known_network():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), bmrs.MultiplicativeNoise(4), nn.Linear(4, 2))
     assert bmrs.count_parameters(net) == 3 * 4 + 4 + 4 * 2 + 2
-    net[0].weight.requires_grad_(False)
-    assert bmrs.count_parameters(net) == 4 + 4 * 2 + 2
+    net[0].weight.requires_grad_(False)  # frozen ones are there too
+    assert bmrs.count_parameters(net) == 3 * 4 + 4 + 4 * 2 + 2
+    net.add_module("tied", nn.Linear(3, 4))
+    net.tied.weight = net[0].weight
+    assert bmrs.count_parameters(net) == 3 * 4 + 4 + 4 * 2 + 2 + 4
 
 
 def test_flops_of_a_known_network():

@@ -62,7 +62,7 @@ def test_an_automatic_guide(elbo):
 
 
 def test_a_network_without_structures_is_refused():
-    with pytest.raises(ValueError, match=r"no structures to prune.*MultiplicativeNoise"):
+    with pytest.raises(ValueError, match=r"has no noise: attach it.*MultiplicativeNoise"):
         bmrs.NoisyNetwork(nn.Linear(2, 2), num_data=10)
 
 
