@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyro_bmrs.structures.labels import FIXED, support
+from pyro_bmrs.structures.labels import FIXED, squeeze, support
 from pyro_bmrs.structures.tracer import Call, Operand, Tracer, Work
 
 __all__ = ["RULES"]
