@@ -164,6 +164,14 @@ def _noisy(net: nn.Module) -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGu
     return model, bmrs.TruncatedLogNormalGuide(model).to(next(net.parameters()).device)
 
 
+def _attached(net: nn.Module, x: Tensor) -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGuide]:
+    """Return the network with noise attached from outside, on as many structures, where layers read them."""
+    plain = _plain(net)
+    structures = bmrs.find_structures(plain, x[:2]).select(kinds="channel")
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(plain, structures), num_data=_NUM_DATA)
+    return model, bmrs.TruncatedLogNormalGuide(model).to(x.device)
+
+
 def _training(net: nn.Module, x: Tensor, y: Tensor, compiled: bool) -> tuple[dict[str, Work], dict[str, float]]:
     """Return each variant's training step, on a network of its own, and the seconds of first calls that compile."""
 
@@ -171,6 +179,7 @@ def _training(net: nn.Module, x: Tensor, y: Tensor, compiled: bool) -> tuple[dic
         return NoisyObjective(*_noisy(net), bmrs.MeanFieldELBO()) if noisy else _PlainObjective(_plain(net))
 
     works = {"plain": _eager_step(objective(False), x, y), "ours": _eager_step(objective(True), x, y)}
+    works["attached"] = _eager_step(NoisyObjective(*_attached(net, x), bmrs.MeanFieldELBO()), x, y)
     works["SVI.step"] = _pyro_step(net, x, y)
     slow: dict[str, Work] = {}
     for name, noisy in (("plain", False), ("ours", True)):

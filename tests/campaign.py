@@ -12,6 +12,7 @@ from collections import Counter
 
 import torch
 from random_networks import random_network
+from torch.utils._pytree import tree_map
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.structures.equality import difference
@@ -21,63 +22,74 @@ from pyro_bmrs.structures.refusal import removable_structures
 TOLERANCE = 1e-9
 
 
-def check(seed, noise):
-    """Return ``(outcome, detail)`` for one random network: ``"exact"``, ``"refused"``, or what is wrong with it."""
+class FoundError(Exception):
+    """Something that ends a check, by its outcome."""
+
+
+def prepare(seed, noise):
+    """Return a model on a random network in float64, its structures, and inputs; or raise what was found instead."""
     net, x = random_network(seed, noise)
     net = net.double()
-    x = torch.utils._pytree.tree_map(lambda t: t.double() if torch.is_tensor(t) and t.is_floating_point() else t, x)
-    with torch.no_grad():
-        outputs = call(net, x)
-    refused = 0
-    structures = None
-    if not noise:
-        structures = bmrs.find_structures(net, x)
-        refused = len(structures.refused)
-        if not structures:
-            return "nothing offered", "; ".join(structures.refused.values())
-        net = bmrs.attach_noise(net, structures)
-    try:
+    x = tree_map(lambda t: t.double() if torch.is_tensor(t) and t.is_floating_point() else t, x)
+    if noise:
         model = bmrs.NoisyNetwork(net)
-    except ValueError as error:
-        return "refused", str(error)
-    try:
-        structures = removable_structures(model.net, x)
-    except ValueError as error:
-        refused, reason = 1, str(error)
-        structures = removable_structures(model.net, x, unremovable="mask")
-    guide = bmrs.TruncatedLogNormalGuide(model).double()
-    generator = torch.Generator().manual_seed(seed)
+        return model, removable_structures(model.net, x), x
+    structures = bmrs.find_structures(net, x)
+    if not structures:
+        raise FoundError("nothing offered", "; ".join(structures.refused.values()))
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, structures))
+    return model, removable_structures(model.net, x), x
+
+
+def masks_of(model, trial, generator):
+    """Return masks that keep half, most, or half with one site emptied."""
+    keep = (0.5, 0.8, 0.5)[trial]
+    masks = {site: torch.rand(size, generator=generator) < keep for site, size in model.sizes.items()}
+    if trial == 2:
+        masks[list(masks)[int(torch.randint(len(masks), (), generator=generator))]][:] = False
+    return masks
+
+
+def compare(model, guide, structures, masks, x, new):
+    """Compact once; raise unless outputs and costs are those of the masked network, and return what was removed."""
+    small = bmrs.compact(model, guide, masks, x, structures)
     with torch.no_grad():
-        guide.loc.uniform_(-2, 0, generator=generator)
-    new = random_like(x, generator)
-    removed = 0
-    for trial in range(3):
-        keep = (0.5, 0.8, 0.5)[trial]
-        masks = {site: torch.rand(size, generator=generator) < keep for site, size in model.sizes.items()}
-        if trial == 2:
-            site = list(masks)[int(torch.randint(len(masks), (), generator=generator))]
-            masks[site][:] = False
-        small = bmrs.compact(model, guide, masks, x, structures)
+        off = difference(call(small, new), bmrs.predict(model, guide, new, masks))
+    if not off <= (1e-4 if structures.record.low_precision else TOLERANCE):
+        raise FoundError("wrong", f"off by {off:.1e}")
+    counts = bmrs.count_parameters(model.net, structures, masks), bmrs.count_parameters(small)
+    flops = bmrs.count_flops(model.net, x, structures, masks), bmrs.count_flops(small, x)
+    if counts[0] != counts[1] or flops[0] != flops[1]:
+        raise FoundError("miscounted", f"parameters {counts}, FLOPs {flops}")
+    return bmrs.count_parameters(model.net) - counts[0]
+
+
+def check(seed, noise):
+    """Return ``(outcome, detail)`` for one random network: ``"exact"``, ``"refused"``, or what is wrong with it."""
+    try:
+        model, structures, x = prepare(seed, noise)
+        guide = bmrs.TruncatedLogNormalGuide(model).double()
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            found, expected = call(small, new), bmrs.predict(model, guide, new, masks)
-            off = difference(found, expected)
-            if not off <= (1e-4 if structures.record.low_precision else TOLERANCE):
-                finite = all(bool(torch.isfinite(t).all()) for t in torch.utils._pytree.tree_leaves(expected))
-                return ("wrong" if finite else "not finite"), f"off by {off:.1e}, trial {trial}"
-        counted = bmrs.count_parameters(model.net, structures, masks)
-        if counted != bmrs.count_parameters(small):
-            return "miscounted", f"{counted} for {bmrs.count_parameters(small)}"
-        if bmrs.count_flops(model.net, x, structures, masks) != bmrs.count_flops(small, x):
-            return "miscounted", "flops"
-        removed += bmrs.count_parameters(model.net) - counted
-    if not noise:
-        same = net.detach()
-        with torch.no_grad():
-            if difference(call(same, x), outputs) != 0:
-                return "changed", "the network is not what it was"
-    if refused and noise:
-        return "refused", reason
-    return ("exact" if removed else "nothing removed"), f"{len(model.sizes)} sites, {refused} refused"
+            guide.loc.uniform_(-2, 0, generator=generator)
+        new = random_like(x, generator)
+        removed = 0
+        for trial in range(3):
+            removed += compare(model, guide, structures, masks_of(model, trial, generator), x, new)
+        if not noise:
+            with torch.no_grad():
+                if difference(call(model.net.detach(), x), call(prepare_plain(seed), x)) != 0:
+                    raise FoundError("changed", "the network is not what it was")
+    except FoundError as found:
+        return found.args
+    except ValueError as error:  # before training
+        return "refused", str(error)
+    return ("exact" if removed else "nothing removed"), f"{len(model.sizes)} sites, {len(structures.refused)} refused"
+
+
+def prepare_plain(seed):
+    """Return the random network itself."""
+    return random_network(seed)[0].double()
 
 
 def main():

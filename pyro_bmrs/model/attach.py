@@ -23,9 +23,9 @@ def attach_noise(
 
     Each group of structures gets one site, ``"<group>.theta"``, and one factor for each structure. It multiplies the
     structures where layers read them, so that a structure with noise 0 is invisible, whatever stands in between. The
-    network itself is used, not copied: its parameters are trained. Its class, attributes and ``state_dict`` stay as they
-    are; hooks do the work, and every ``nn.MultiheadAttention`` in it becomes a ``HeadwiseAttention``, a subclass, until
-    ``detach``.
+    network itself is used, not copied: its parameters are trained. Its class, attributes and ``state_dict`` stay as
+    they are; hooks do the work, and every ``nn.MultiheadAttention`` in it becomes a ``HeadwiseAttention``, a subclass,
+    until ``detach``.
 
     Args:
         net: The network that ``structures`` were found in.
@@ -137,8 +137,8 @@ def _check(net: nn.Module, structures: StructureSet) -> None:
             found = tensors[tensor].shape if tensor in tensors else None
             if found is None or d >= len(found) or found[d] != len(index):
                 raise ValueError(
-                    f"the structures {name!r} were found in another network: there {tensor!r} had {len(index)} positions "
-                    f"along dimension {d}, here its shape is {None if found is None else tuple(found)}"
+                    f"the structures {name!r} were found in another network: there {tensor!r} had {len(index)} "
+                    f"positions along dimension {d}, here its shape is {None if found is None else tuple(found)}"
                 )
 
 

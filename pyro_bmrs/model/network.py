@@ -77,7 +77,8 @@ class NoisyNetwork(PyroModule):
         if not layers:
             raise ValueError(
                 "the network has no noise: attach it with pyro_bmrs.attach_noise(net, pyro_bmrs.find_structures(net, "
-                "x)), or put a pyro_bmrs.MultiplicativeNoise(size) after each activation whose neurons or filters may go"
+                "x)), or put a pyro_bmrs.MultiplicativeNoise(size) behind each activation whose neurons or filters may "
+                "be removed"
             )
         if num_data is not None and num_data < 1:
             raise ValueError(f"num_data must be the number of training examples, but got {num_data}")
@@ -100,7 +101,7 @@ class NoisyNetwork(PyroModule):
         self.kl_weight = overall
 
     def train(self, mode: bool = True) -> "NoisyNetwork":
-        """Set train mode, or eval mode; what was in eval mode in a network in train mode, when this was made, stays so."""
+        """Set train or eval mode; modules that were in eval mode in a network in train mode at first stay so."""
         super().train(mode)
         for module in self._frozen:
             module.train(False)

@@ -138,7 +138,8 @@ class MultiplicativeNoise(NoisePoint):
             return factors.reshape(*(1,) * own.index(examples), *factors.shape)
         raise ValueError(
             f"noise of site {self.site!r} has a draw for each of {examples} examples, but what it multiplies has no "
-            f'dimension of that size (besides channels its shape is {tuple(own)}); draw once a batch: granularity="batch"'
+            f"dimension of that size (besides channels its shape is {tuple(own)}); draw once for each batch: "
+            'granularity="batch"'
         )
 
     def sample(self) -> Tensor:
@@ -156,7 +157,7 @@ class MultiplicativeNoise(NoisePoint):
             self._held["last"] = self._held.pop("now")
 
     def forget(self) -> None:
-        """Let go of the last pass's noise, and of the graph behind it: its parameters are about to change their sizes."""
+        """Drop the last pass's noise, and the graph behind it, whose parameters are about to change their sizes."""
         self._held.clear()
 
     def held(self) -> Tensor | None:

@@ -48,7 +48,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
         """
         if not self.is_whole:
             raise ValueError(f"{self.num_heads} heads of {self.head_dim} are left of a width of {self.embed_dim}")
-        self.__class__ = nn.MultiheadAttention
+        self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
 
     @property
     def is_whole(self) -> bool:

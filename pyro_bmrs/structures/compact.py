@@ -32,9 +32,9 @@ def compact(
     r"""Return the network without the structures that the masks remove: a smaller, plain nn.Module.
 
     Its outputs are those of ``predict(model, guide, x, masks)``, with every :math:`\theta` at its posterior mean. Noise
-    attached from outside is multiplied into the weights of the layers that read the structures, and the user's own class
-    of network comes back. Noise layers inside a network become ``nn.Identity``, their noise multiplied into weights on
-    either side where what stands between allows it, or else a ``ChannelScale``; a ``ChannelGather`` or
+    attached from outside is multiplied into the weights of the layers that read the structures, and a network of the
+    user's own class comes back. Noise layers inside a network become ``nn.Identity``, their noise multiplied into
+    weights on either side where what stands between allows it, or else a ``ChannelScale``; a ``ChannelGather`` or
     ``ChannelScatter`` stays where only one side of a noise layer can shrink. A site that keeps none leaves one
     structure, with zero noise: layers cannot be empty.
 

@@ -26,7 +26,7 @@ def copied(net: Module) -> Module:
 
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Have attention run its submodules: the fast path of ``nn.TransformerEncoderLayer`` skips whatever noise is there."""
+    """Have ``nn.TransformerEncoderLayer`` run its submodules, which its fast path skips, and with them their noise."""
     before = torch.backends.mha.get_fastpath_enabled()
     if not before:
         yield

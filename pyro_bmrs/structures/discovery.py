@@ -178,9 +178,12 @@ class _Reading:
     def __init__(self, tracer: Tracer, net: nn.Module, points: dict[str, NoisePoint], outputs: Sequence[str]) -> None:
         self.tracer, self.net, self.points, self.outputs = tracer, net, points, outputs
         self.classes: Classes = tracer.labels.resolve()
+        for check in tracer.checks:
+            self.classes.refuse(check.offenders(self.classes), check.reason)
         self.slots = {slot: self.classes(labels) for slot, labels in tracer.slots.items()}
         self.norms = self._by_class((labels, name) for labels, name in tracer.norms)
         self.heads = self._by_class((labels, name) for labels, name in tracer.heads)
+        self.summed = self.classes.marked(tracer.sums)
 
     def _by_class(self, marks: Iterable[tuple[Tensor, str]]) -> dict[int, set[str]]:
         result: dict[int, set[str]] = defaultdict(set)
@@ -212,7 +215,8 @@ class _Reading:
             return None  # a layer keeps its last structure, with noise 0 once it is removed
         if name in self.tracer.folds.normed:
             norm = self.tracer.folds.normed[name]
-            return f"{norm!r}, a {type(self.net.get_submodule(norm)).__name__} behind it, divides the noise out again in training"
+            kind = type(self.net.get_submodule(norm)).__name__
+            return f"{norm!r}, a {kind} behind it, divides the noise out again in training"
         mask = torch.zeros(site.size, dtype=torch.bool)
         all_gone = {each: torch.zeros(other.size, dtype=torch.bool) for each, other in record.sites.items()}
         own = torch.cat([site.before, *([] if site.after is None else [site.after])])
@@ -285,29 +289,35 @@ class _Reading:
         refused: dict[str, str] = {}
         names: Counter[str] = Counter()
         for classes, slots in self._alike(touched):
-            if not any(slot in record.reading for slot in slots) and not self._is_made(slots):
+            if not any(slot in record.reading for slot in slots) and not self._makers(slots):
                 continue
-            writers = [slot for slot in slots if slot not in record.reading]
-            name = _unique(_owner((writers or slots)[0]), names)
+            makers = [slot for slot in slots if self._makers([slot])]
+            writers = [slot for slot in slots if slot not in record.reading and slot[0] in record.parameters]
+            name = _unique(_owner((makers or writers or slots)[0]), names)
             reason = self._reason(classes, slots, record) or (len(classes) == 1 and "there is only one of them")
             if reason:
                 refused[name] = str(reason)
                 continue
-            is_head = any(each in self.heads for each in classes.tolist())
-            groups.append((name, "head" if is_head else "channel", classes, self._readers(slots)))
+            groups.append((name, self._kind(classes, slots), classes, self._readers(slots)))
         groups.extend(
             (name, "output", record.sites[f"{name}.theta"].before, ()) for name in dict.fromkeys(self.outputs)
         )
         return groups, refused
 
-    def _is_made(self, slots: list[Slot]) -> bool:
-        """Return whether a layer makes channels along one of these dimensions."""
+    def _kind(self, classes: Tensor, slots: list[Slot]) -> Kind:
+        if any(each in self.heads for each in classes.tolist()):
+            return "head"
+        summed = bool(self.summed[classes].any()) and self._makers(slots) > 1
+        return "width" if summed or any(each in self.norms for each in classes.tolist()) else "channel"
+
+    def _makers(self, slots: list[Slot]) -> int:
+        """Return how many layers make channels along these dimensions."""
+        count = 0
         for name, d in slots:
             layer = self.net.get_submodule(name.rpartition(".")[0])
             made = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-            if isinstance(layer, _READERS) and name.endswith("weight") and d == made:
-                return True
-        return False
+            count += isinstance(layer, _READERS) and name.endswith("weight") and d == made
+        return count
 
     def _alike(self, left_out: Tensor) -> list[tuple[Tensor, list[Slot]]]:
         """Return classes that lie on the same dimensions of the same tensors, cannot shrink for the same reason, ..."""
@@ -326,7 +336,7 @@ class _Reading:
                 where[each].append(slot)
         order = signature.argsort(stable=True)
         values, counts = signature[order].unique_consecutive(return_counts=True)
-        found = {value: part for value, part in zip(values.tolist(), order.split(counts.tolist()), strict=True)}
+        found = dict(zip(values.tolist(), order.split(counts.tolist()), strict=True))
         return [(found[value], slots) for value, slots in where.items() if value != 0]
 
     def _reason(self, classes: Tensor, slots: list[Slot], record: Record) -> str | None:

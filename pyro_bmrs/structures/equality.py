@@ -19,10 +19,10 @@ def difference(found: Any, expected: Any) -> float:
     if [each.shape for each in found] != [each.shape for each in expected]:
         return float("inf")
     worst = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        if theirs.numel() == 0:
+    for one, other in zip(found, expected, strict=True):
+        if other.numel() == 0:
             continue
-        ours, theirs = ours.detach().double(), theirs.detach().double()
+        ours, theirs = one.detach().double(), other.detach().double()
         if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
             return float("inf")
         spread = float(theirs.max() - theirs.min())

@@ -1,8 +1,8 @@
 """Integer labels for the positions of tensors, and which of them are removed together.
 
-A tensor carries a list of label tensors. Each is broadcastable to the tensor's shape, has extent 1 along every dimension
-that its labels do not vary along, and varies along dimensions (its *support*) along which no other one does. An element
-disappears with any of its labels. Joining two labels is always safe: it only makes removal coarser.
+A tensor carries a list of label tensors. Each is broadcastable to the tensor's shape, has extent 1 along every
+dimension that its labels do not vary along, and varies along dimensions (its *support*) along which no other one does.
+An element disappears with any of its labels. Joining two labels is always safe: it only makes removal coarser.
 """
 
 from collections.abc import Collection
@@ -47,6 +47,11 @@ class Classes:
     def __call__(self, labels: Tensor) -> Tensor:
         """Return the classes of labels, ``FIXED`` where they are that."""
         return torch.where(labels >= 0, self.of[labels.clamp_min(0)], FIXED)
+
+    def refuse(self, classes: Tensor, reason: str) -> None:
+        """Declare that classes cannot be removed, and why."""
+        for each in classes.tolist():
+            self.reasons.setdefault(each, reason)
 
     def marked(self, marks: list[Tensor]) -> Tensor:
         """Return which classes contain one of the marked labels: bool, of shape ``(count,)``."""

@@ -246,11 +246,8 @@ class Record:
         """Return for each site what each structure costs, of shape ``(size,)``."""
         savings = self.savings(cost, dead)
         savings[dead | self.fixed] = 0
-        sinks, sources = torch.zeros(self.count), torch.zeros(self.count)
-        for site in self.sites.values():
-            for classes, counter in ((site.before, sinks), (site.after, sources)):
-                if classes is not None:
-                    counter += torch.bincount(classes, minlength=self.count)
+        sinks = self._counts([site.before for site in self.sites.values()])
+        sources = self._counts([site.after for site in self.sites.values() if site.after is not None])
         alone = savings * (sinks <= 1) * ~self.read, savings * (sources <= 1) * ~self.written
         costs = {}
         for name, site in self.sites.items():
@@ -258,6 +255,10 @@ class Record:
             if site.after is not None:
                 costs[name] += alone[1][site.after]
         return costs
+
+    def _counts(self, classes: list[Tensor]) -> Tensor:
+        every = torch.cat([torch.empty(0, dtype=torch.long), *classes])
+        return torch.bincount(every, minlength=self.count)
 
     def restricted(self, structures: Mapping[str, "Structure"], names: Collection[str]) -> "Record":
         """Return the record with the noise of these groups, and with sites inside the network that can only mask.
@@ -321,8 +322,8 @@ class Structure:
 
     Attributes:
         name: Name of the layer that makes them.
-        kind: ``"channel"``, ``"head"``, ``"width"`` (of a stream that is normalised over it) or ``"output"`` (of a
-            module that was named).
+        kind: ``"channel"``, ``"head"``, ``"width"`` (of a stream that several layers add to, such as a residual one) or
+            ``"output"`` (of a module that was named).
         classes: Each structure's class in the record, of shape ``(size,)``.
         members: For every dimension of every tensor that they lie on, the structure that each position belongs to, -1
             for none.
@@ -450,13 +451,16 @@ class StructureSet(Mapping[str, Structure]):
             parameters = f"{float(each.parameters.mean()):,.0f}"
             rows.append((name, each.kind, str(each.size), parameters, flops, _shortened(readers, 60)))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        left = {0, 1, 5}
-        lines = [
-            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-            for row in rows
-        ]
+        lines = [_aligned(row, widths) for row in rows]
         refused = [f"  {name}: {why}" for name, why in self.refused.items()]
-        return "\n".join([*map(str.rstrip, lines), *(["refused:"] if refused else []), *refused])
+        return "\n".join([*lines, *(["refused:"] if refused else []), *refused])
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    """Return a row of the table: words to the left, numbers to the right."""
+    words = {0, 1, 5}
+    cells = zip(row, widths, strict=True)
+    return "  ".join(cell.ljust(w) if i in words else cell.rjust(w) for i, (cell, w) in enumerate(cells)).rstrip()
 
 
 def _shortened(text: str, length: int) -> str:

@@ -57,6 +57,6 @@ def _remedy(net: nn.Module, example_input: Inputs) -> str:
         return f"take this noise out, or {mask}"
     shown = ", ".join(map(repr, offered[:6])) + (", ..." if len(offered) > 6 else "")
     return (
-        f"take this noise out, and where it is to be replaced use attach_noise(net, find_structures(net, x)), which finds "
-        f"{shown} in the network without noise; or {mask}"
+        f"take this noise out, and where it is to be replaced use attach_noise(net, find_structures(net, x)), which "
+        f"finds {shown} in the network without noise; or {mask}"
     )

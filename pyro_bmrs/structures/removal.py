@@ -64,7 +64,7 @@ def changed_arguments(
 
 
 def aligned(scale: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Return factors of shape ``(*leading, channels)`` to multiply ``x`` with, leading ones along its first dimensions."""
+    """Return factors of shape ``(*leading, channels)`` to multiply ``x`` with, leading dimensions at its first ones."""
     leading = scale.shape[:-1]
     spread = scale.reshape(*leading, *(1,) * (x.dim() - 1 - len(leading)), scale.shape[-1])
     return spread.movedim(-1, dim)
@@ -130,7 +130,7 @@ def hook_readers(net: nn.Module, record: Record, site: Site, values: Tensor) -> 
 
 
 def reader_inputs(record: Record, site: Site) -> dict[str, tuple[Tensor, tuple[Argument, ...]]]:
-    """Return, for each module that reads a site's channels, which structure each channel of which arguments belongs to."""
+    """Return, for each module that reads a site's channels, the structure of each channel, and in which arguments."""
     inputs: dict[str, tuple[Tensor, tuple[Argument, ...]]] = {}
     for reader in site.readers:
         index, arguments = positions(site.before, record.slots[reader.slot]), reader.arguments

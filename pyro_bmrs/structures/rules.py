@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_bmrs.structures.blocks import Block, Cuts
 from pyro_bmrs.structures.labels import FIXED, squeeze, support
 from pyro_bmrs.structures.tracer import Call, Operand, Tracer, Work
 
@@ -45,15 +46,15 @@ def _reshape(tracer: Tracer, call: Call) -> None:
     x, y = call.args[0], call.outputs[0]
     tracer.set(y, [each.expand(x.shape).reshape(y.shape) for each in tracer.of(x)])
     tracer.moved(x, [y])
+    reason = f"{tracer.place()} reshapes it in a way that its removal would break"
+    tracer.checks.extend(Block(each, reason) for each in tracer.of(y) if len(support(each)) > 1)
 
 
-@_rule("permute", "transpose", "t", "expand", "expand_as", "slice", "select", "split", "split_with_sizes", "unbind",
-       "chunk", "roll", "flip", "index", "index_select", "gather", "take_along_dim", "repeat", "repeat_interleave",
-       "tile", "unfold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "im2col",
-       "diagonal", "narrow", "movedim", "swapaxes", "swapdims", "unsafe_split", "unsafe_chunk", "tensor_split",
-       "hsplit", "vsplit", "dsplit", "adjoint", "mT", "numpy_T", "rot90", "tril", "triu", "moveaxis", "fliplr",
-       "flipud", "broadcast_to")  # fmt: skip
+@_rule("permute", "transpose", "t", "expand", "expand_as", "flip", "repeat", "repeat_interleave", "tile", "movedim",
+       "moveaxis", "swapaxes", "swapdims", "adjoint", "mT", "numpy_T", "fliplr", "flipud", "broadcast_to",
+       "pixel_unshuffle")  # fmt: skip
 def _move(tracer: Tracer, call: Call) -> None:
+    """Move labels as the operation moves elements."""
     x = call.args[0]
     for tensor in call.inputs[1:]:  # indices and the like must not depend on what could be removed
         for labels in tracer.of(tensor):
@@ -68,6 +69,81 @@ def _move(tracer: Tracer, call: Call) -> None:
     for y, result in zip(call.outputs, results, strict=True):
         tracer.set(y, result)
     tracer.moved(x, call.outputs)
+
+
+@_rule("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk",
+       "tensor_split", "hsplit", "vsplit", "dsplit")  # fmt: skip
+def _take_parts(tracer: Tracer, call: Call) -> None:
+    """Move labels to the parts that are taken, and note where they were cut."""
+    x = call.args[0]
+    dim, starts, ends = _cuts(call, x)
+    whole = call.name not in ("slice", "select", "narrow")
+    reason = f"{tracer.place()} takes parts of it at fixed positions"
+    for labels in tracer.of(x):
+        if dim in support(labels):
+            tracer.checks.append(Cuts(labels, dim, starts, ends, whole, reason))
+    _move(tracer, call)
+
+
+def _cuts(call: Call, x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return the dimension, and the cuts counted from its start and from its end."""
+    named = {"hsplit": 0 if x.dim() == 1 else 1, "vsplit": 0, "dsplit": 2}
+    if call.name in ("slice", "select", "narrow", "unbind"):
+        dim = call.argument(1, "dim", 0) % x.dim()
+    else:
+        dim = named[call.name] if call.name in named else call.argument(2, "dim", 0) % x.dim()
+    size = x.shape[dim]
+    if call.name == "slice":
+        first, last = call.argument(2, "start") or 0, call.argument(3, "end")
+        last = size if last is None else last
+        if call.argument(4, "step", 1) != 1:
+            return dim, (size,), ()
+        cuts = [each for each in (first, last) if each != 0 and each < size]
+    elif call.name == "select":
+        index = call.argument(2, "index")
+        cuts = [index, index + 1] if index >= 0 else [index, *([index + 1] if index < -1 else [])]
+    elif call.name == "narrow":
+        first, length = call.argument(2, "start"), call.argument(3, "length")
+        cuts = [int(first), int(first) + length]
+    else:
+        sizes = [1 if call.name == "unbind" else each.shape[dim] for each in call.outputs]
+        cuts = [sum(sizes[:i]) for i in range(1, len(sizes))]
+    return dim, tuple(each for each in cuts if 0 < each < size), tuple(-each for each in cuts if each < 0)
+
+
+@_rule("index", "index_select", "gather", "take_along_dim", "roll", "unfold", "pixel_shuffle", "channel_shuffle",
+       "native_channel_shuffle", "im2col", "diagonal", "rot90", "tril", "triu")  # fmt: skip
+def _rearrange(tracer: Tracer, call: Call) -> None:
+    """Move labels; what the operation moves from one place to another by numbers cannot be removed."""
+    x = call.args[0]
+    _move(tracer, call)
+    before = [set(each.unique().tolist()) for each in tracer.of(x)]
+    for y in call.outputs:
+        for labels in tracer.of(y):
+            varies = [each for each in tracer.of(x) if set(labels.unique().tolist()) & set(each.unique().tolist())]
+            same = any(_same_order(labels, each) for each in varies)
+            if call.name in ("pixel_shuffle", "channel_shuffle", "native_channel_shuffle"):
+                blocks = _shuffled(call, varies)
+                reason = f"{tracer.place()} shuffles it in a way that its removal would break"
+                tracer.checks.extend(Block(each, reason) for each in blocks)
+            elif not same:
+                tracer.labels.freeze(labels, f"{tracer.place()} rearranges it by position")
+    if before and not any(tracer.of(y) for y in call.outputs):
+        for labels in tracer.of(x):
+            tracer.labels.freeze(labels, f"{tracer.place()} picks a single one out")
+
+
+def _same_order(after: Tensor, before: Tensor) -> bool:
+    """Return whether labels still vary along one dimension alone, all of them in the same order."""
+    return len(support(after)) == 1 == len(support(before)) and torch.equal(after.reshape(-1), before.reshape(-1))
+
+
+def _shuffled(call: Call, labels: Sequence[Tensor]) -> list[Tensor]:
+    """Return the blocks that a shuffle makes of channels."""
+    flat = [each.reshape(-1) for each in labels if support(each) and len(support(each)) == 1]
+    if call.name == "pixel_shuffle":
+        return [each.view(-1, call.args[1] ** 2) for each in flat if len(each) % call.args[1] ** 2 == 0]
+    return [each.view(call.args[1], -1) for each in flat if len(each) % call.args[1] == 0]
 
 
 def _on_labels(call: Call, labels: Tensor) -> list[Tensor]:
@@ -169,10 +245,12 @@ def _pad(tracer: Tracer, call: Call) -> None:
 _KEEP_ZERO = {
     "relu", "relu6", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "selu", "celu", "mish", "neg", "abs",
     "sin", "sqrt", "square", "erf", "expm1", "log1p", "dropout", "native_dropout", "feature_dropout", "mul", "multiply",
-    "softsign", "sign", "rrelu", "sinh", "asinh", "atan", "nan_to_num", "threshold",
+    "softsign", "sign", "rrelu", "sinh", "asinh", "atan", "nan_to_num",
 }  # fmt: skip
-_MAY_KEEP_ZERO = {"hardtanh", "clamp", "div", "divide", "true_divide", "pow", "add", "sub", "subtract", "maximum",
-                  "minimum", "where"}  # fmt: skip
+_SOMETIMES_KEEP_ZERO = (
+    "hardtanh", "clamp", "div", "divide", "true_divide", "pow", "add", "sub", "subtract", "maximum", "minimum", "where",
+    "threshold",
+)  # fmt: skip
 _OTHERS = {
     "sigmoid", "hardsigmoid", "softplus", "exp", "log", "rsqrt", "cos", "rsub", "masked_fill", "alpha_dropout",
     "special_erf", "log_sigmoid", "log_sigmoid_forward", "reciprocal", "logical_not", "eq", "ne", "gt", "lt", "ge",
@@ -183,13 +261,18 @@ _OTHERS = {
 }  # fmt: skip
 
 
-@_rule(*_KEEP_ZERO, *_MAY_KEEP_ZERO, *_OTHERS)
+@_rule(*_KEEP_ZERO, *_SOMETIMES_KEEP_ZERO, *_OTHERS)
 def _elementwise(tracer: Tracer, call: Call) -> None:
     y = call.outputs[0]
     operands = [tracer.operand(each, y.dim()) for each in call.inputs if each.dim() <= y.dim()]
     results = tracer.combine(operands, f"{tracer.place()} combines it with something that cannot shrink alike")
     if not _keeps_zero(tracer, call, y.dim()):
         tracer.written.extend(results)
+    if (
+        call.name.rstrip("_") == "add"
+        and sum(bool(tracer.of(t)) and not tracer.is_parameter(t) for t in call.inputs) > 1
+    ):
+        tracer.sums.extend(results)
     for each in call.outputs:
         if each.shape == y.shape:
             tracer.set(each, results)
@@ -198,26 +281,45 @@ def _elementwise(tracer: Tracer, call: Call) -> None:
 def _keeps_zero(tracer: Tracer, call: Call, dims: int) -> bool:
     """Return whether channels that are zero in every operand that has them are zero in the result."""
     name = call.name.rstrip("_") if not call.name.startswith("_") else call.name
-    if name in _KEEP_ZERO:
-        return name != "threshold" or (call.args[1] >= 0 and call.args[2] == 0)
-    if name in ("hardtanh", "clamp"):
-        low, high = call.argument(1, "min_val", -1), call.argument(2, "max_val", 1)
-        return not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low or 0) <= 0 <= (high or 0)
-    if name in ("div", "divide", "true_divide"):
-        other = call.args[1]
-        return not isinstance(other, Tensor) or (not tracer.of(other) and not tracer.is_parameter(other))
-    if name == "pow":
-        return isinstance(call.args[1], int | float) and call.args[1] > 0
-    if name in ("add", "sub", "subtract", "maximum", "minimum"):
-        terms = call.args[:2]
-    elif name == "where" and len(call.args) == 3:
-        terms = call.args[1:]
-    else:
-        return False
-    if not all(isinstance(each, Tensor) and not tracer.is_parameter(each) for each in terms):
+    if name in _MAY_KEEP_ZERO:
+        return _MAY_KEEP_ZERO[name](tracer, call, dims)
+    return name in _KEEP_ZERO
+
+
+def _zero_within_bounds(tracer: Tracer, call: Call, dims: int) -> bool:
+    low, high = call.argument(1, "min_val", -1), call.argument(2, "max_val", 1)
+    return not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low or 0) <= 0 <= (high or 0)
+
+
+def _divided_by_fixed(tracer: Tracer, call: Call, dims: int) -> bool:
+    other = call.args[1]
+    return not isinstance(other, Tensor) or (not tracer.of(other) and not tracer.is_parameter(other))
+
+
+def _zero_in_all_terms(tracer: Tracer, call: Call, dims: int) -> bool:
+    """Return whether all terms have the same channels: what one of them lacks, it adds as a constant."""
+    terms = call.args[1:] if call.name == "where" else call.args[:2]
+    if len(terms) < 2 or not all(isinstance(each, Tensor) and not tracer.is_parameter(each) for each in terms):
         return False
     supports = [{support(each) for each in tracer.operand(term, dims).labels} for term in terms]
-    return supports[0] == supports[1]  # what one of them lacks, it adds as a constant
+    return supports[0] == supports[1]
+
+
+def _positive_power(tracer: Tracer, call: Call, dims: int) -> bool:
+    return isinstance(call.args[1], int | float) and call.args[1] > 0
+
+
+def _keeps_below_threshold(tracer: Tracer, call: Call, dims: int) -> bool:
+    return bool(call.args[1] >= 0 and call.args[2] == 0)
+
+
+_MAY_KEEP_ZERO: dict[str, Callable[[Tracer, Call, int], bool]] = {
+    **dict.fromkeys(("hardtanh", "clamp"), _zero_within_bounds),
+    **dict.fromkeys(("div", "divide", "true_divide"), _divided_by_fixed),
+    **dict.fromkeys(("add", "sub", "subtract", "maximum", "minimum", "where"), _zero_in_all_terms),
+    "pow": _positive_power,
+    "threshold": _keeps_below_threshold,
+}
 
 
 @_rule("prelu", "_prelu_kernel")
@@ -273,10 +375,8 @@ def _product(
         return list(range(batch - (tensor.dim() - 2), batch))
 
     left = place(a, [*lead(a), m, k] if a.dim() > 1 else [k])
-    if b.dim() == 1:
-        right = place(b, [k])
-    else:
-        right = place(b, [*lead(b), n, k] if weight_is_transposed else [*lead(b), k, n])
+    last = [k] if b.dim() == 1 else [n, k] if weight_is_transposed else [k, n]
+    right = place(b, [*lead(b), *last] if b.dim() > 1 else last)
     results = tracer.contract(left, right, k, y.numel() * a.shape[-1])
     if right.parameter or left.parameter:
         tracer.written.extend(each for each in results if n in support(each) or left.parameter)
@@ -543,7 +643,8 @@ def _group_norm(tracer: Tracer, call: Call) -> None:
     groups = call.args[6] if call.name == "native_group_norm" else call.args[1]
     affine = call.args[1:3] if call.name == "native_group_norm" else call.args[2:4]
     spatial = set(range(2, x.dim()))
-    labels = [each for l in tracer.of(x) if (each := tracer.mix(l, spatial, "a normalisation")) is not None]
+    mixed = (tracer.mix(labels, spatial, "a normalisation") for labels in tracer.of(x))
+    labels = [each for each in mixed if each is not None]
     operands = [Operand(labels, list(x.shape))]
     for tensor in affine:
         if isinstance(tensor, Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from pyro_bmrs.structures.blocks import Block, Cuts
 from pyro_bmrs.structures.folding import FoldTracker
 from pyro_bmrs.structures.labels import FIXED, Labels, squeeze, support
 
@@ -92,6 +93,8 @@ class Tracer(TorchDispatchMode):
         read: Labels of channels that something reads.
         norms: Labels over which a normalisation computes statistics, with the module's name.
         heads: Labels of attention heads, with the module that computes the attention.
+        checks: Operations that count positions.
+        sums: Labels of channels that are sums of what several layers make.
         counted: Labels of the channels of a normalisation without tensors of its own, with the module's name.
         points: For each noise site the labels of what it multiplies, and of the products.
         work: The operations that torch's counter counts.
@@ -109,6 +112,8 @@ class Tracer(TorchDispatchMode):
         self.read: list[Tensor] = []
         self.norms: list[tuple[Tensor, str]] = []
         self.heads: list[tuple[Tensor, str]] = []
+        self.sums: list[Tensor] = []
+        self.checks: list[Block | Cuts] = []
         self.counted: list[tuple[Tensor, str]] = []
         self.points: dict[str, tuple[Tensor, Tensor]] = {}
         self.work: list[Work] = []
@@ -168,7 +173,8 @@ class Tracer(TorchDispatchMode):
     def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hear that a module starts to run."""
         arguments: dict[int | str, Any] = dict(enumerate(args))
-        self._modules.append((name, arguments | kwargs))
+        arguments.update(kwargs)
+        self._modules.append((name, arguments))
 
     def leave(self) -> None:
         """Hear that it ends."""
@@ -289,7 +295,7 @@ class Tracer(TorchDispatchMode):
         return self.labels.tie(labels, dims, f"{what} in {self.place()} runs over it")
 
     def mix_if_used(self, labels: Tensor, dims: Collection[int], what: str, outputs: Sequence[Tensor]) -> Tensor | None:
-        """Do what ``mix`` does as soon as something uses one of the outputs: averaged attention weights often go unused."""
+        """Do what ``mix`` does once something uses one of the outputs: averages over heads often go unused."""
         within = support(labels) & frozenset(dims)
         if not within:
             return labels

@@ -75,7 +75,7 @@ def test_shapes_and_gradients_are_the_same(batched, batch_first, average):
     results = [net(*tensors, average_attn_weights=average) for net in (ours, theirs)]
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for net, result in zip((ours, theirs), results, strict=True):
+    for result in results:
         (result[0].sin().sum() + result[1].sum()).backward()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-12)

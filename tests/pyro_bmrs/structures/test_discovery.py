@@ -1,9 +1,7 @@
 """What is found in a network, by whose name, and what is refused."""
 
-import pytest
 import torch
 from nets import build
-from torch import nn
 
 import pyro_bmrs as bmrs
 
