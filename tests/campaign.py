@@ -27,18 +27,24 @@ class FoundError(Exception):
 
 
 def prepare(seed, noise):
-    """Return a model on a random network in float64, its structures, and inputs; or raise what was found instead."""
+    """Return a model on a random network in float64, its structures, inputs, and why it was refused, if it was.
+
+    Raise what was found instead of all that, if so.
+    """
     net, x = random_network(seed, noise)
     net = net.double()
     x = tree_map(lambda t: t.double() if torch.is_tensor(t) and t.is_floating_point() else t, x)
     if noise:
         model = bmrs.NoisyNetwork(net)
-        return model, removable_structures(model.net, x), x
+        try:
+            return model, removable_structures(model.net, x), x, None
+        except ValueError as error:
+            return model, removable_structures(model.net, x, unremovable="mask"), x, str(error)
     structures = bmrs.find_structures(net, x)
     if not structures:
         raise FoundError("nothing offered", "; ".join(structures.refused.values()))
     model = bmrs.NoisyNetwork(bmrs.attach_noise(net, structures))
-    return model, removable_structures(model.net, x), x
+    return model, removable_structures(model.net, x), x, None
 
 
 def masks_of(model, trial, generator):
@@ -67,7 +73,7 @@ def compare(model, guide, structures, masks, x, new):
 def check(seed, noise):
     """Return ``(outcome, detail)`` for one random network: ``"exact"``, ``"refused"``, or what is wrong with it."""
     try:
-        model, structures, x = prepare(seed, noise)
+        model, structures, x, refused = prepare(seed, noise)
         guide = bmrs.TruncatedLogNormalGuide(model).double()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -84,6 +90,8 @@ def check(seed, noise):
         return found.args
     except ValueError as error:  # before training
         return "refused", str(error)
+    if refused:
+        return "refused", refused
     return ("exact" if removed else "nothing removed"), f"{len(model.sizes)} sites, {len(structures.refused)} refused"
 
 

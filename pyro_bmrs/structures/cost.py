@@ -39,7 +39,7 @@ def count_parameters(
     """
     if structures is None or masks is None:
         return sum(parameter.numel() for parameter in net.parameters())
-    record = structures.with_noise().record
+    record = structures.with_noise(masks).record
     return record.count_parameters(record.dead(masks))
 
 
@@ -63,7 +63,7 @@ def count_flops(
     plain = plain_copy(net).requires_grad_(False).eval()
     with undisturbed(plain):
         if structures is not None and masks is not None:
-            record = structures.with_noise().record
+            record = structures.with_noise(masks).record
             values = {site: torch.ones(each.size) for site, each in record.sites.items()} | dict(masks)
             plain = cut(fixed_copy(plain, record, values), record, masks, values)
         with FlopCounterMode(display=False) as counter:

@@ -424,10 +424,14 @@ class StructureSet(Mapping[str, Structure]):
             raise ValueError(f"no structures of kinds {kinds} match {names!r}; there are {list(self._structures)}")
         return StructureSet(chosen, self.refused, self.record, self.proved)
 
-    def with_noise(self) -> "StructureSet":
-        """Return the set with a site for each of its groups in the record, and no others but those of noise layers."""
+    def with_noise(self, sites: Collection[str] | None = None) -> "StructureSet":
+        """Return the set with a site in the record for each of its groups, or for those whose sites are named.
+
+        Sites of noise layers inside the network are there anyway.
+        """
+        chosen = {name: each for name, each in self.items() if sites is None or f"{name}.theta" in sites}
         placed = [name for name, site in self.record.sites.items() if site.module is None]
-        return StructureSet(self, self.refused, self.record.restricted(self._structures, placed), self.proved)
+        return StructureSet(chosen, self.refused, self.record.restricted(chosen, placed), self.proved)
 
     def without(self, dead: Tensor) -> "StructureSet":
         """Return what is left once classes are gone, noise still in place."""

@@ -80,7 +80,9 @@ def _take_parts(tracer: Tracer, call: Call) -> None:
     whole = call.name not in ("slice", "select", "narrow")
     reason = f"{tracer.place()} takes parts of it at fixed positions"
     for labels in tracer.of(x):
-        if dim in support(labels):
+        if dim in support(labels) and call.name == "slice" and call.argument(4, "step", 1) != 1:
+            tracer.labels.freeze(labels, reason)
+        elif dim in support(labels):
             tracer.checks.append(Cuts(labels, dim, starts, ends, whole, reason))
     _move(tracer, call)
 
@@ -96,8 +98,6 @@ def _cuts(call: Call, x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]
     if call.name == "slice":
         first, last = call.argument(2, "start") or 0, call.argument(3, "end")
         last = size if last is None else last
-        if call.argument(4, "step", 1) != 1:
-            return dim, (size,), ()
         cuts = [each for each in (first, last) if each != 0 and each < size]
     elif call.name == "select":
         index = call.argument(2, "index")
