@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
 
 __all__ = ["AtomicFile", "load", "prepare_run_folder", "save", "write_json"]
@@ -107,7 +108,23 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         return {"type": kind.__name__, "children": children}
     if not children and getattr(nn, kind.__name__, None) is kind:
         return {"type": kind.__name__, "arguments": _arguments(module)}
-    return {"type": f"{kind.__module__}.{kind.__qualname__}", "custom": True, "children": children}
+    own = {"sizes": _sizes(module), "shapes": _shapes(module)}
+    return {"type": _class_name(kind), "custom": True, "children": children, **own}
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Return the integers that a module keeps on itself, numbers of heads among them."""
+    return {name: value for name, value in vars(module).items() if type(value) is int and not name.startswith("_")}
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of a module's own parameters and buffers."""
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name: list(tensor.shape) for name, tensor in own}
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
@@ -130,6 +147,9 @@ def _rebuild(description: Mapping[str, Any], given: nn.Module | None, name: str)
                 f"the network's {name or 'root'} is a {kind}, which is not a torch.nn layer: make one and pass it, "
                 "load(path, module); classes named in files are never imported"
             )
+        if kind == _class_name(HeadwiseAttention) and type(given) is nn.MultiheadAttention:
+            HeadwiseAttention.adopt(given)
+        _refit(given, description)
         for child, part in children.items():
             current = dict(given.named_children()).get(child)
             if current is None:
@@ -143,6 +163,18 @@ def _rebuild(description: Mapping[str, Any], given: nn.Module | None, name: str)
     if kind in {container.__name__ for container in _CONTAINERS}:
         return _rebuild_container(kind, children, given, name)
     return _build_layer(kind, description.get("arguments", {}), name)
+
+
+def _refit(module: nn.Module, description: Mapping[str, Any]) -> None:
+    """Give a module of a class of the user's own the sizes that were saved, in place."""
+    for name, value in description.get("sizes", {}).items():
+        if type(vars(module).get(name)) is int:
+            setattr(module, name, value)
+    own = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
+    for name, shape in description.get("shapes", {}).items():
+        tensor = own.get(name)
+        if tensor is not None and list(tensor.shape) != shape:
+            tensor.data = tensor.data.new_empty(shape)
 
 
 def _rebuild_container(kind: str, children: Mapping[str, Any], given: nn.Module | None, name: str) -> nn.Module:

@@ -177,3 +177,35 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to the run folder"):
         bmrs.prepare_run_folder(tmp_path / "file" / "run")
+
+
+class Scaled(nn.Module):
+    """A class of a user's own, with a parameter and a number of heads on itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_head, self.scale = 4, nn.Parameter(torch.rand(8))
+        self.embed, self.qkv, self.proj = nn.Linear(5, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 4, 12, dropout=0.0, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.embed(x)
+        q, k, v = self.qkv(h).view(*h.shape[:2], 3, self.n_head, 2).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.layer(self.norm(h + self.proj(attended) * self.scale)).mean(1))
+
+
+def test_a_network_of_a_users_own_class_is_loaded_onto_an_instance(tmp_path):
+    torch.manual_seed(0)
+    net, x = Scaled().eval(), torch.randn(2, 4, 5)
+    structures = bmrs.find_structures(net, x)
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, structures))
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-0.3)
+    small = bmrs.compact(model, guide, random_masks(model), x)
+    assert small.n_head < 4
+    assert isinstance(small.layer.self_attn, bmrs.HeadwiseAttention)
+    bmrs.save(small, tmp_path / "small")
+    again = bmrs.load(tmp_path / "small", Scaled())
+    torch.testing.assert_close(again(x), small(x))
+    assert again.n_head == small.n_head
