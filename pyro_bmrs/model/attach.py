@@ -148,7 +148,7 @@ class _ReaderHook:
     Args:
         noise: The noise layer.
         index: Structure of each channel, -1 for none; shape ``(channels,)``.
-        arguments: By position or name, each with the dimension that indexes channels, counted from the end.
+        arguments: Those that hold the channels.
     """
 
     def __init__(self, noise: MultiplicativeNoise, index: Tensor, arguments: tuple[Argument, ...]) -> None:
@@ -167,7 +167,9 @@ class _ReaderHook:
             padded = nn.functional.pad(theta, (0, 1), value=1.0) if self.partial else theta
             theta = padded.index_select(-1, self.index)
         factors = theta
-        return changed_arguments(self.arguments, args, kwargs, lambda x, dim: self.noise.multiply(x, factors, dim))
+        return changed_arguments(
+            self.arguments, args, kwargs, lambda x, each: self.noise.multiply(x, factors, each.dim, each.batch)
+        )
 
 
 class _OutputHook:

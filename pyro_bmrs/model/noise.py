@@ -110,11 +110,17 @@ class MultiplicativeNoise(NoisePoint):
             factors = self._masked(self.sample())
         return x if factors is None else self.multiply(x, factors, self.dim)
 
-    def multiply(self, x: Tensor, factors: Tensor, dim: int) -> Tensor:
+    def multiply(self, x: Tensor, factors: Tensor, dim: int, batch: int | None = None) -> Tensor:
         """Return ``x`` with its channels along ``dim`` multiplied by factors of shape ``(*leading, channels)``.
 
-        Noise with a draw for each example is of shape ``(batch, channels)``. Where a layer folds other dimensions into
-        the batch (windows, time steps), each draw serves all parts of its example.
+        Noise with a draw for each example is of shape ``(examples, channels)``. Where a network folds other dimensions
+        into the batch (windows, time steps), each draw serves all parts of its example.
+
+        Args:
+            x: What is multiplied.
+            factors: What it is multiplied with.
+            dim: The dimension of ``x`` that indexes channels.
+            batch: The dimension of ``x`` that indexes examples, or None for the first one that could.
 
         Raises:
             ValueError: If there is a draw for each example, and no dimension of ``x`` holds the examples.
@@ -126,16 +132,19 @@ class MultiplicativeNoise(NoisePoint):
         leading = list(factors.shape[:-1])
         if len(leading) > 1 and leading != own:  # a draw for each element of another layer's input
             factors = _as_many(factors.reshape(-1, factors.shape[-1]), own)
-        elif len(leading) == 1 and own and leading[0] not in (own[0], 1):
-            factors = self._for_examples(factors, own)
+        elif len(leading) == 1 and own and leading[0] != 1:
+            factors = self._for_examples(factors, own, None if batch is None else batch - (batch > dim))
         return x * aligned(factors.to(x.dtype), x, dim)
 
-    def _for_examples(self, factors: Tensor, own: list[int]) -> Tensor:
+    def _for_examples(self, factors: Tensor, own: list[int], batch: int | None) -> Tensor:
+        """Put draws where the examples are, ``own`` being the sizes of all dimensions but that of channels."""
         examples = len(factors)
-        if own[0] % examples == 0:
-            return factors.repeat_interleave(own[0] // examples, 0)
-        if examples in own:
-            return factors.reshape(*(1,) * own.index(examples), *factors.shape)
+        if batch is None:
+            batch = own.index(examples) if examples in own else 0
+        if own[batch] % examples == 0:
+            repeats = own[batch] // examples
+            spread = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
+            return spread.reshape(len(spread), *(1,) * (len(own) - 1 - batch), spread.shape[-1])
         raise ValueError(
             f"noise of site {self.site!r} has a draw for each of {examples} examples, but what it multiplies has no "
             f"dimension of that size (besides channels its shape is {tuple(own)}); draw once for each batch: "

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied, undisturbed
-from pyro_bmrs.structures.inputs import Inputs, call, output_tensors, to_network
+from pyro_bmrs.structures.inputs import Inputs, batch_size, call, output_tensors, to_network
 from pyro_bmrs.structures.labels import Classes, squeeze, support
 from pyro_bmrs.structures.points import NoisePoint, noise_points, replace_everywhere
-from pyro_bmrs.structures.record import Kind, Product, Reader, Record, Site, Slot, Structure, StructureSet
+from pyro_bmrs.structures.record import Argument, Kind, Product, Reader, Record, Site, Slot, Structure, StructureSet
 from pyro_bmrs.structures.rules import RULES
 from pyro_bmrs.structures.tracer import Read, Tracer
 from pyro_bmrs.structures.trial import Bench, proved
@@ -93,6 +94,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
         _hook(tracer, net, outputs)
         with tracer:
             result = call(net, example_inputs)
+        batches = _batch_dims(tracer, net, example_inputs)
     returned = output_tensors(result)
     tracer.use(returned)
     for tensor in returned:
@@ -102,7 +104,30 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
     tracer.folds.leave(returned)
     _freeze_what_cannot_shrink(tracer, net)
     _check_points(tracer, points)
-    return _Reading(tracer, net, points, outputs).structures()
+    return _Reading(tracer, net, points, outputs, batches).structures()
+
+
+def _batch_dims(tracer: Tracer, net: nn.Module, inputs: Inputs) -> dict[tuple[str, int | str], int]:
+    """Return the dimension along which examples lie in each module's arguments: the one that grows with the batch."""
+    before, tracer.shapes = tracer.shapes, {}
+    size = batch_size(inputs)
+    tracer.watching = False
+    try:
+        call(net, tree_map(lambda each: torch.cat([each, each]) if _is_batched(each, size) else each, inputs))
+    except Exception:  # a network of one batch size; where examples lie is then guessed
+        return {}
+    found = {}
+    for key, shapes in before.items():
+        after = tracer.shapes.get(key, set())
+        if len(shapes) == len(after) == 1 and len(next(iter(shapes))) == len(next(iter(after))):
+            grown = [d for d, (a, b) in enumerate(zip(*shapes, *after, strict=True)) if b == 2 * a]
+            if len(grown) == 1:
+                found[key] = grown[0]
+    return found
+
+
+def _is_batched(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
 
 
 class _StandIn(nn.Module):
@@ -115,7 +140,7 @@ class _StandIn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.tracer is not None
-        return self.tracer.boundary(self.site, x, self.dim)
+        return self.tracer.boundary(self.site, x, self.dim) if self.tracer.watching else x
 
 
 def _check_names(outputs: Sequence[str], names: Iterable[str]) -> None:
@@ -147,7 +172,7 @@ def _hook(tracer: Tracer, net: nn.Module, outputs: Sequence[str]) -> None:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
             tracer.leave()
-            if name not in outputs:
+            if name not in outputs or not tracer.watching:
                 return None
             first = output[0] if isinstance(output, tuple | list) else output
             if not isinstance(first, Tensor):
@@ -175,8 +200,15 @@ def _freeze_what_cannot_shrink(tracer: Tracer, net: nn.Module) -> None:
 class _Reading:
     """Makes classes of labels, and structures of classes."""
 
-    def __init__(self, tracer: Tracer, net: nn.Module, points: dict[str, NoisePoint], outputs: Sequence[str]) -> None:
-        self.tracer, self.net, self.points, self.outputs = tracer, net, points, outputs
+    def __init__(
+        self,
+        tracer: Tracer,
+        net: nn.Module,
+        points: dict[str, NoisePoint],
+        outputs: Sequence[str],
+        batches: dict[tuple[str, int | str], int],
+    ) -> None:
+        self.tracer, self.net, self.points, self.outputs, self.batches = tracer, net, points, outputs, batches
         self.classes: Classes = tracer.labels.resolve()
         for check in tracer.checks:
             self.classes.refuse(check.offenders(self.classes), check.reason)
@@ -359,8 +391,9 @@ class _Reading:
         readers = []
         for read, arguments in reads:
             outer = {tensor for module, tensor in scaled if _is_inside(read.module, module)}
-            own = tuple((key, dim) for key, dim, tensor in arguments if tensor not in outer)
-            readers.append(Reader(read.module, read.slot, own))
+            own = [(key, dim) for key, dim, tensor in arguments if tensor not in outer]
+            held = (Argument(key, dim, self.batches.get((read.module, key))) for key, dim in own)
+            readers.append(Reader(read.module, read.slot, tuple(held)))
         return tuple(dict.fromkeys(readers))
 
     def _arguments(self, read: Read) -> list[tuple[int | str, int, int]]:

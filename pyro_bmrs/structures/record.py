@@ -8,7 +8,7 @@ structures reads this record and nothing else.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,20 @@ __all__ = ["Kind", "Product", "Reader", "Record", "Site", "Slot", "Structure", "
 Slot = tuple[str, int]
 """A dimension of a parameter or buffer: its qualified name, and the dimension."""
 
-Argument = tuple[int | str, int]
-"""An argument of a module, by position or name, and a dimension of it, counted from the end."""
+
+class Argument(NamedTuple):
+    """An argument of a module that holds channels.
+
+    Attributes:
+        key: Its position or name.
+        dim: The dimension along which channels lie, counted from the end.
+        batch: The dimension along which examples lie, counted from the start, or None where that is not known.
+    """
+
+    key: int | str
+    dim: int
+    batch: int | None
+
 
 Kind = Literal["channel", "head", "width", "output"]
 
@@ -34,8 +46,7 @@ class Reader:
     Attributes:
         module: Its qualified name.
         slot: The dimension of its parameter along which they lie.
-        arguments: Which of the layer's arguments hold them, by position or name, each with the dimension along which
-            they lie, counted from the end.
+        arguments: Which of the layer's arguments hold them.
     """
 
     module: str

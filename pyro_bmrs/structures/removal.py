@@ -31,7 +31,7 @@ class _FixedInput:
 
     Args:
         scale: For each channel, of shape ``(channels,)``.
-        arguments: By position or name, each with the dimension that indexes channels, counted from the end.
+        arguments: Those that hold the channels.
     """
 
     def __init__(self, scale: Tensor, arguments: tuple[Argument, ...]) -> None:
@@ -40,7 +40,7 @@ class _FixedInput:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scale = self.scale
         return changed_arguments(
-            self.arguments, args, kwargs, lambda x, dim: x * aligned(scale.to(x.device, x.dtype), x, dim)
+            self.arguments, args, kwargs, lambda x, each: x * aligned(scale.to(x.device, x.dtype), x, each.dim)
         )
 
 
@@ -48,18 +48,18 @@ def changed_arguments(
     arguments: tuple[Argument, ...],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    change: Callable[[Tensor, int], Tensor],
+    change: Callable[[Tensor, Argument], Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a module's arguments with some of them changed; what was one tensor stays one."""
     done: dict[int, Tensor] = {}
     new: dict[int | str, Any] = dict(enumerate(args))
     new.update(kwargs)
-    for key, dim in arguments:
-        x = new.get(key)
+    for each in arguments:
+        x = new.get(each.key)
         if isinstance(x, Tensor):
             if id(x) not in done:
-                done[id(x)] = change(x, dim)
-            new[key] = done[id(x)]
+                done[id(x)] = change(x, each)
+            new[each.key] = done[id(x)]
     return tuple(new[i] for i in range(len(args))), {name: new[name] for name in kwargs}
 
 

@@ -98,7 +98,9 @@ class Tracer(TorchDispatchMode):
         counted: Labels of the channels of a normalisation without tensors of its own, with the module's name.
         points: For each noise site the labels of what it multiplies, and of the products.
         work: The operations that torch's counter counts.
+        shapes: Shapes of each module's arguments, by its name and their position or name.
         folds: What a site's noise can be multiplied into.
+        watching: Whether this is the pass that counts.
         low_precision: Whether anything was computed in less than the network's own precision.
     """
 
@@ -119,12 +121,14 @@ class Tracer(TorchDispatchMode):
         self.work: list[Work] = []
         self.folds = FoldTracker()
         self.low_precision = False
+        self.watching = True
         self._of: dict[int, list[Tensor]] = {}
         self._kept_alive: list[Any] = []
         self._deferred: dict[int, list[tuple[Tensor, Collection[int], str]]] = defaultdict(list)
         self._parameters: set[int] = set()
         self._storages: dict[int, list[Tensor]] = defaultdict(list)
         self._modules: list[tuple[str, dict[int | str, Any]]] = [("", {})]
+        self.shapes: dict[tuple[str, int | str], set[torch.Size]] = {}
         self.unknown: Counter[tuple[str, str]] = Counter()
         self._label_tensors(net)
 
@@ -174,6 +178,9 @@ class Tracer(TorchDispatchMode):
         """Hear that a module starts to run."""
         arguments: dict[int | str, Any] = dict(enumerate(args))
         arguments.update(kwargs)
+        for key, value in arguments.items():
+            if isinstance(value, Tensor):
+                self.shapes.setdefault((name, key), set()).add(value.shape)
         self._modules.append((name, arguments))
 
     def leave(self) -> None:

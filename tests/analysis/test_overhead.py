@@ -14,7 +14,7 @@ def check(report, folder, threads):
     assert len(report["results"]) == threads
     for result in report["results"]:
         assert (result["network"], result["batch_size"]) == ("mlp", 4)
-        assert set(result["training"]) == {"plain", "ours", "SVI.step"}
+        assert set(result["training"]) == {"plain", "ours", "attached", "SVI.step"}
         assert set(result["inference"]) == {"plain", "with noise layers", "pruned by half"}
         for timing in (*result["training"].values(), *result["inference"].values()):
             for quartiles in timing.values():
