@@ -144,7 +144,7 @@ class MultiplicativeNoise(NoisePoint):
         if own[batch] % examples == 0:
             repeats = own[batch] // examples
             spread = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
-            return spread.reshape(len(spread), *(1,) * (len(own) - 1 - batch), spread.shape[-1])
+            return spread.reshape(*(1,) * batch, len(spread), *(1,) * (len(own) - 1 - batch), spread.shape[-1])
         raise ValueError(
             f"noise of site {self.site!r} has a draw for each of {examples} examples, but what it multiplies has no "
             f"dimension of that size (besides channels its shape is {tuple(own)}); draw once for each batch: "

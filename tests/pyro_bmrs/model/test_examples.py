@@ -29,8 +29,8 @@ class Windows(nn.Module):
 
     def forward(self, x):
         batch, length, _ = x.shape
-        h = self.embed(x).relu().reshape(batch * 2, length // 2, 8)
-        return self.head(self.inner(h).relu().reshape(batch, length, 8).mean(1))
+        h = self.embed(x).relu().reshape(batch * 2, length // 2, -1)
+        return self.head(self.inner(h).relu().reshape(batch, length, -1).mean(1))
 
 
 class Residual(nn.Module):
