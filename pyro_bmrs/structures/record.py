@@ -144,6 +144,7 @@ class Record:
         read: Classes whose channels something reads besides noise sites.
         sites: By site name.
         heads: For each module that computes an attention, the classes of its heads.
+        guessed: Those of them whose number of heads is known by its value, not by its name.
         counted: For each normalisation without tensors of its own, the class of each of its channels.
         work: Floating-point operations of a forward pass over the example.
         shared: Slots along which a parameter is read that has other uses too.
@@ -159,6 +160,7 @@ class Record:
     read: Tensor
     sites: dict[str, Site] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
+    guessed: frozenset[str] = frozenset()
     counted: dict[str, Tensor] = field(default_factory=dict)
     work: tuple[Product, ...] = ()
     shared: frozenset[Slot] = frozenset()
@@ -293,6 +295,11 @@ class Record:
                 sites[f"{name}.theta"] = Site(each.classes, readers=each.readers, folds=folds)
                 read[each.classes] = False
         return replace(self, sites=sites, written=written, read=read, fixed=fixed)
+
+    def guessing_heads(self, classes: Tensor) -> "Record":
+        """Return the record in which attention with these classes has every attribute of its number of heads refitted."""
+        names = [name for name, heads in self.heads.items() if bool(torch.isin(heads, classes).any())]
+        return replace(self, guessed=self.guessed | set(names)) if set(names) - self.guessed else self
 
     def frozen(self, names: Collection[str]) -> "Record":
         """Return the record in which some sites can only mask."""

@@ -270,7 +270,7 @@ def cut_tensors(net: nn.Module, record: Record, dead: Tensor) -> None:
     for name, classes in record.heads.items():
         parent = name.rpartition(".")[0]
         for each in dict.fromkeys((name, parent)):
-            refit_attention(net.get_submodule(each), classes, dead)
+            refit_attention(net.get_submodule(each), classes, dead, name in record.guessed)
     for name, axis in record.counted.items():
         _refit_counts(net.get_submodule(name), int((~dead[axis]).sum()))
     refit(net)
@@ -306,8 +306,11 @@ _NOT_HEADS = ("dim", "size", "width", "channel", "feature", "depth", "layer", "h
 _TOTALS = ("all_head_size", "inner_dim", "attention_inner_dim", "split_size")
 
 
-def refit_attention(module: Any, classes: Tensor, dead: Tensor) -> None:
-    """Tell a module that computes an attention how many heads it has left, under whatever name it keeps that number."""
+def refit_attention(module: Any, classes: Tensor, dead: Tensor, guess: bool) -> None:
+    """Tell a module that computes an attention how many heads it has left.
+
+    It is told so in attributes with "head" in their name; if asked to guess, in all that have the number's value.
+    """
     heads, left = len(classes), int((~dead[classes]).sum())
     if heads == left:
         return
@@ -318,7 +321,7 @@ def refit_attention(module: Any, classes: Tensor, dead: Tensor) -> None:
             setattr(module, name, value // heads * left)
         elif any(word in name.lower() for word in _NOT_HEADS):
             continue
-        elif value == heads or ("head" in name.lower() and value % heads == 0):
+        elif (guess and value == heads) or ("head" in name.lower() and value % heads == 0):
             setattr(module, name, value // heads * left)
 
 

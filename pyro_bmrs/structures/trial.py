@@ -112,15 +112,25 @@ def _random_noise(record: Record, trial: int) -> tuple[dict[str, Tensor], dict[s
     masks, values = {}, {}
     for i, (name, site) in enumerate(record.sites.items()):
         generator = torch.Generator().manual_seed(10 * i + trial)
-        mask = torch.rand(site.size, generator=generator) < 0.5
-        if site.size > 1:
-            first, second = torch.randperm(site.size, generator=generator)[:2].tolist()
-            mask[first], mask[second] = True, False
+        mask = _random_mask(site.before, generator)
         if trial >= 2 and i % 2 == trial % 2:
             mask[:] = False
         masks[name] = mask
         values[name] = (0.5 + torch.rand(site.size, generator=generator, dtype=torch.float64)) * mask
     return masks, values
+
+
+def _random_mask(classes: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a mask that removes half of the classes as a whole, and of the others some structures."""
+    found, of = classes.unique(return_inverse=True)
+    order = torch.randperm(len(found), generator=generator)
+    removed = torch.zeros(len(found), dtype=torch.bool)
+    removed[order[: (len(found) + int(torch.randint(2, (), generator=generator))) // 2]] = True
+    removed[order[-1]] = False
+    mask = ~removed[of]
+    if len(found) < len(classes):
+        mask &= torch.rand(len(classes), generator=generator) < 0.7
+    return mask
 
 
 def proved(structures: StructureSet, bench: Bench) -> StructureSet:
@@ -132,13 +142,13 @@ def proved(structures: StructureSet, bench: Bench) -> StructureSet:
     refused: dict[str, str] = {}
     accepted: list[str] = []
 
-    def trouble(names: Sequence[str]) -> str | None:
+    def trouble(names: Sequence[str], record: Record) -> str | None:
         trying = record.restricted({name: structures[name] for name in names if name in structures}, names)
         tries = (bench.attempt(trying, trial) for trial in range(len(bench.inputs)))
         return next((wrong for wrong in tries if wrong), None)
 
     def search(names: list[str]) -> None:
-        wrong = trouble([*accepted, *names]) if names else None
+        wrong = trouble([*accepted, *names], record) if names else None
         if wrong is None:
             accepted.extend(names)
         elif len(names) == 1:
@@ -149,6 +159,13 @@ def proved(structures: StructureSet, bench: Bench) -> StructureSet:
 
     placed = [site for site, where in record.sites.items() if where.module is None]
     search([*placed, *structures])
+    for name in list(refused):  # perhaps for want of knowing what a module calls its number of heads
+        classes = structures[name].classes if name in structures else record.sites[name].before
+        guessing = record.guessing_heads(classes)
+        if guessing is not record and trouble([*accepted, name], guessing) is None:
+            record = guessing
+            accepted.append(name)
+            del refused[name]
     kept = {name: each for name, each in structures.items() if name not in refused}
     masked_only = [site for site in placed if site in refused]
     return StructureSet(kept, {**structures.refused, **refused}, record.frozen(masked_only), proved=True)
