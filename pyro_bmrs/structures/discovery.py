@@ -51,7 +51,8 @@ def find_structures(
         A mapping from the names of layers to ``Structure``. ``print`` it, and ``select`` from it.
 
     Raises:
-        ValueError: If ``outputs`` names no module, or a noise layer does not fit its input.
+        ValueError: If the network does not run on the example, ``outputs`` names no module, or a noise layer does not
+            fit its input.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -93,7 +94,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
     with undisturbed(net), torch.inference_mode():
         _hook(tracer, net, outputs)
         with tracer:
-            result = call(net, example_inputs)
+            result = _run(net, example_inputs)
         batches = _batch_dims(tracer, net, example_inputs)
     returned = output_tensors(result)
     tracer.use(returned)
@@ -105,6 +106,16 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
     _freeze_what_cannot_shrink(tracer, net)
     _check_points(tracer, points)
     return _Reading(tracer, net, points, outputs, batches).structures()
+
+
+def _run(net: nn.Module, inputs: Inputs) -> Any:
+    try:
+        return call(net, inputs)
+    except Exception as error:  # whatever a network raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the network does not run on the example inputs ({reason}); give inputs that it takes"
+        ) from error
 
 
 def _batch_dims(tracer: Tracer, net: nn.Module, inputs: Inputs) -> dict[tuple[str, int | str], int]:

@@ -111,12 +111,11 @@ class Product:
         total = self.total(dead)
         if not total:
             return
-        left = torch.ones_like(savings)
+        left = torch.full_like(savings, self.constant)
         for axis in self.axes:
             alive = axis[~_at(dead, axis)]
-            counts = torch.bincount(alive[alive >= 0], minlength=len(savings))
-            left *= 1 - counts.double() / len(alive)
-        savings += total * (1 - left)
+            left *= len(alive) - torch.bincount(alive[alive >= 0], minlength=len(savings))
+        savings += total - left
 
 
 def _mark(marks: Tensor, site: Site) -> None:
@@ -297,7 +296,7 @@ class Record:
         return replace(self, sites=sites, written=written, read=read, fixed=fixed)
 
     def guessing_heads(self, classes: Tensor) -> "Record":
-        """Return the record in which attention with these classes has every attribute of its number of heads refitted."""
+        """Return the record in which attention with these classes has any attribute of its number of heads refitted."""
         names = [name for name, heads in self.heads.items() if bool(torch.isin(heads, classes).any())]
         return replace(self, guessed=self.guessed | set(names)) if set(names) - self.guessed else self
 

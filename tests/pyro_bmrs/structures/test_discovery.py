@@ -1,9 +1,13 @@
 """What is found in a network, by whose name, and what is refused."""
 
+import pytest
 import torch
+from architectures import ARCHITECTURES, make
 from nets import build
+from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.structures import discovery
 
 
 def test_a_network_with_noise_inside_has_a_site_for_each_layer():
@@ -37,3 +41,134 @@ def test_the_network_is_left_alone():
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.net.modules())
     assert model.net[2].site == "2.theta"
+
+
+class Mixed(nn.Module):
+    """Residual blocks, attention, and a part that nothing can be removed from."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.averaged, self.head = nn.Linear(8, 6), nn.Linear(1, 3)
+
+    def forward(self, tokens, scale):
+        h = self.embed(tokens) * scale
+        h = h + self.down(self.up(h).relu())
+        h = h + self.attention(h, h, h)[0]
+        return {"logits": self.head(self.averaged(h).tanh().mean((1, 2), keepdim=True).flatten(1))}
+
+
+def mixed():
+    torch.manual_seed(0)
+    return Mixed(), {"tokens": torch.randint(7, (3, 4)), "scale": torch.rand(3, 1, 1)}
+
+
+def test_groups_have_kinds_readers_and_costs():
+    net, x = mixed()
+    structures = bmrs.find_structures(net, x)
+    assert {name: (each.kind, each.size) for name, each in structures.items()} == {
+        "down": ("width", 8),
+        "up": ("channel", 12),
+        "attention": ("head", 2),
+    }
+    assert [reader.module for reader in structures["up"].readers] == ["down"]
+    assert {reader.module for reader in structures["down"].readers} == {"up", "attention", "averaged"}
+    assert structures["up"].parameters.tolist() == [8 + 1 + 8] * 12
+    assert structures["up"].flops.tolist() == [2 * 3 * 4 * 16] * 12
+    member = structures["attention"].members["attention.in_proj_weight", 0]
+    assert member.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] * 3
+
+
+def test_one_bad_site_refuses_itself():
+    net, x = mixed()
+    structures = bmrs.find_structures(net, x)
+    assert "a mean in the network itself runs over it" in structures.refused["averaged"]
+    assert structures.refused["head"] == "the network returns it"
+    with pytest.raises(KeyError, match=r"no structures called 'averaged' to remove: a mean"):
+        structures["averaged"]
+
+
+def test_the_table_says_what_was_found_and_what_was_not():
+    net, x = mixed()
+    lines = str(bmrs.find_structures(net, x)).splitlines()
+    assert lines[0].split() == ["structures", "kind", "size", "parameters", "each", "MFLOPs", "each", "read", "by"]
+    assert any(line.split()[:4] == ["up", "channel", "12", "17"] for line in lines)
+    assert "refused:" in lines
+
+
+def test_groups_are_selected_by_kind_and_name():
+    net, x = mixed()
+    structures = bmrs.find_structures(net, x)
+    assert set(structures.select(kinds=("head", "channel"))) == {"up", "attention"}
+    assert list(structures.select(names="att*")) == ["attention"]
+    with pytest.raises(ValueError, match="no structures of kinds None match 'nothing'"):
+        structures.select(names="nothing")
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_parameters_that_hide_a_branch_do_not_hide_it_from_the_trial(value):
+    class Gated(nn.Module):
+        """Divides by a mean over channels where its gain is not zero, as ConvNeXt V2 does; and adds a hidden branch."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.gain = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.full((6,), value))
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            norm = h.norm(dim=0, keepdim=True)
+            return self.b(h + h * self.gain * (norm / norm.mean(-1, keepdim=True)))
+
+    assert not bmrs.find_structures(Gated(), torch.randn(4, 3))
+
+
+def test_an_unknown_operation_is_named():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(torch.fft.fft(self.a(x)).real)
+
+    structures = bmrs.find_structures(Fourier(), torch.randn(4, 3))
+    assert "'fft_fft' to it, an operation that is not known" in structures.refused["a"]
+
+
+def test_recurrent_layers_are_refused_by_name():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.lstm = nn.Linear(3, 6), nn.LSTM(6, 5, batch_first=True)
+            self.hidden, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.hidden(self.lstm(self.embed(x))[0][:, -1]).relu())
+
+    structures = bmrs.find_structures(Recurrent(), torch.randn(2, 4, 3))
+    assert list(structures) == ["hidden"]
+    assert "'lstm'" in structures.refused["embed"]
+
+
+def test_what_does_not_run_is_said_to():
+    with pytest.raises(ValueError, match=r"the network does not run on the example inputs \(RuntimeError: "):
+        bmrs.find_structures(nn.Linear(3, 2), torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"outputs names 'nothing', but the network has no such module"):
+        bmrs.find_structures(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), outputs=["nothing"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_operation_has_a_rule_that_takes_it_or_is_named(name, monkeypatch):
+    seen = []
+
+    class Watched(discovery.Tracer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            seen.append(self)
+
+    monkeypatch.setattr(discovery, "Tracer", Watched)
+    net, x = make(name)
+    bmrs.find_structures(net, x, trial=False)
+    assert not [what for what, _ in seen[0].unknown if ": " in what]  # an error inside a rule
