@@ -53,6 +53,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
     @property
     def is_whole(self) -> bool:
         """Whether all heads are left, and all of the width."""
+        if not isinstance(self.out_proj, nn.Linear):
+            return False
         packed = self.in_proj_weight is None or self.in_proj_weight.shape == (3 * self.embed_dim, self.embed_dim)
         return self.num_heads * self.head_dim == self.embed_dim == len(self.out_proj.weight) and packed
 

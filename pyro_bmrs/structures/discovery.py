@@ -104,7 +104,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
             tracer.read.append(labels)
     tracer.folds.leave(returned)
     _freeze_what_cannot_shrink(tracer, net)
-    _check_points(tracer, points)
+    _check_points(tracer, points, outputs)
     return _Reading(tracer, net, points, outputs, batches).structures()
 
 
@@ -161,7 +161,10 @@ def _check_names(outputs: Sequence[str], names: Iterable[str]) -> None:
             raise ValueError(f"outputs names {name!r}, but the network has no such module; it has {names}")
 
 
-def _check_points(tracer: Tracer, points: dict[str, NoisePoint]) -> None:
+def _check_points(tracer: Tracer, points: dict[str, NoisePoint], outputs: Sequence[str]) -> None:
+    for name in outputs:
+        if f"{name}.theta" not in tracer.points:
+            raise ValueError(f"outputs names {name!r}, which does not run in a forward pass on the example")
     for site, point in points.items():
         if site not in tracer.points:
             raise ValueError(
@@ -316,7 +319,7 @@ class _Reading:
             before_classes,
             after_classes,
             module=None if point is not None else name.removesuffix(".theta"),
-            dim=1 if point is None else point.dim,
+            dim=self.tracer.point_dims[name] if point is None else point.dim,
             folds=tuple(readers),
             maker=maker,
         )

@@ -362,7 +362,12 @@ def _groups(module: Any, per_group: int, channels: int) -> int:
 
 
 def release_attention(net: nn.Module) -> None:
-    """Have attention that has kept all its heads be an ``nn.MultiheadAttention`` again, in place."""
+    """Have attention that has kept all its heads be an ``nn.MultiheadAttention`` again, in place.
+
+    Not where a layer has been replaced by several: PyTorch's fast path would look for its weights.
+    """
+    if any(isinstance(module, ChannelScale | ChannelGather | ChannelScatter) for module in net.modules()):
+        return
     for module in list(net.modules()):
         if isinstance(module, HeadwiseAttention) and module.is_whole:
             module.release()

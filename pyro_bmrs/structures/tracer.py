@@ -97,6 +97,7 @@ class Tracer(TorchDispatchMode):
         sums: Labels of channels that are sums of what several layers make.
         counted: Labels of the channels of a normalisation without tensors of its own, with the module's name.
         points: For each noise site the labels of what it multiplies, and of the products.
+        point_dims: The dimension along which each site multiplies, counted from the end.
         work: The operations that torch's counter counts.
         shapes: Shapes of each module's arguments, by its name and their position or name.
         folds: What a site's noise can be multiplied into.
@@ -118,6 +119,7 @@ class Tracer(TorchDispatchMode):
         self.checks: list[Block | Cuts] = []
         self.counted: list[tuple[Tensor, str]] = []
         self.points: dict[str, tuple[Tensor, Tensor]] = {}
+        self.point_dims: dict[str, int] = {}
         self.work: list[Work] = []
         self.folds = FoldTracker()
         self.low_precision = False
@@ -327,6 +329,7 @@ class Tracer(TorchDispatchMode):
         with _disable_current_modes():
             y = x.clone()
         dim %= x.dim()
+        self.point_dims[site] = dim - x.dim()
         across = [each for each in self.of(x) if dim in support(each)]
         if across:
             aligned = _narrow(across[0], ())
