@@ -43,7 +43,9 @@ def _layer_norm(tracer: Tracer, call: Call) -> None:
     for labels in tracer.combine(operands, f"{tracer.place()} normalises it with something that cannot shrink alike"):
         if support(labels) <= over:
             tracer.norms.append((labels, tracer.here))
-        out.append(tracer.mix(labels, over, "a mean"))
+        out.append(
+            tracer.labels.tie(labels, over, f"{tracer.place()} normalises over it, so that all others would change")
+        )
         if out[-1] is None:
             out[-1] = labels
     found = [each for each in out if each is not None]

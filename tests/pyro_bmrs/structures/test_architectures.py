@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import ARCHITECTURES, make
+from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.structures.equality import difference
@@ -15,6 +16,13 @@ NOTHING = {
     "shufflenet_v1", "convnext_v2", "hf_convnext_v2", "spectral_norm", "tied_layers", "temporal", "gated_recurrence",
     "gmlp",
 }  # fmt: skip
+
+
+def guide_of(model, generator):
+    guide = bmrs.TruncatedLogNormalGuide(model).double()
+    with torch.no_grad():
+        guide.loc.uniform_(-2, 0, generator=generator)
+    return guide
 
 
 def masks_of(model, generator, emptied=None):
@@ -36,10 +44,8 @@ def test_what_is_found_can_be_removed_exactly(name):
     noisy = bmrs.attach_noise(net, structures)
     assert list(net.state_dict()) == keys
     model = bmrs.NoisyNetwork(noisy)
-    guide = bmrs.TruncatedLogNormalGuide(model).double()
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        guide.loc.uniform_(-2, 0, generator=generator)
+    guide = guide_of(model, generator)
     new = random_like(x, generator)
     for emptied in (None, 0):
         masks = masks_of(model, generator, emptied)
@@ -52,3 +58,54 @@ def test_what_is_found_can_be_removed_exactly(name):
     assert noisy.detach() is net
     assert difference(call(net, x), outputs) == 0
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+
+
+def layers_to_mark(net):
+    """Return the batch norms of a network, or where it has none its linear layers and convolutions."""
+    norms = [name for name, module in net.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    return norms or layers
+
+
+@pytest.mark.parametrize("name", [name for name in list(ARCHITECTURES)[::4] if name != "unused"])
+def test_noise_on_outputs_can_be_removed_exactly(name):
+    net, x = make(name, dtype=torch.float64)
+    structures = bmrs.find_structures(net, x, outputs=layers_to_mark(net))
+    if not any(each.kind == "output" for each in structures.values()):
+        return
+    structures = structures.select(kinds="output")
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, structures))
+    generator = torch.Generator().manual_seed(1)
+    guide, new = guide_of(model, generator), random_like(x, generator)
+    masks = masks_of(model, generator, 0)
+    small = bmrs.compact(model, guide, masks, x)
+    with torch.no_grad():
+        off = difference(call(small, new), bmrs.predict(model, guide, new, masks))
+    assert off <= (1e-6 if structures.record.low_precision else 1e-9)
+    assert bmrs.count_parameters(net, structures, masks) == bmrs.count_parameters(small)
+    assert bmrs.count_parameters(small) < bmrs.count_parameters(net)
+
+
+class Sum(nn.Module):
+    """Two layers add to one stream, which a third one reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.a(x) + self.b(x).relu())
+
+
+def test_a_channel_of_a_sum_goes_entirely_where_all_its_summands_have_lost_it():
+    net, x = Sum().double(), torch.randn(5, 3, dtype=torch.float64)
+    structures = bmrs.find_structures(net, x, outputs=["a", "b"])
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, structures))
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-0.5).double()
+    masks = {
+        "a.theta": torch.tensor([True, False, False, True]),
+        "b.theta": torch.tensor([True, True, False, False]),
+    }
+    small = bmrs.compact(model, guide, masks, x)
+    assert difference(small(x), bmrs.predict(model, guide, x, masks)) <= 1e-12
+    assert (small.a[0].out_features, small.b[0].out_features, small.head.in_features) == (2, 2, 3)
