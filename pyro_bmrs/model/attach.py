@@ -11,7 +11,7 @@ from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Argument, Site, StructureSet
-from pyro_bmrs.structures.removal import adopt_attention, changed_arguments, reader_inputs
+from pyro_bmrs.structures.removal import adopt_attention, changed_arguments, drop_hooks, reader_inputs
 
 __all__ = ["AttachedNoise", "attach_noise"]
 
@@ -70,7 +70,7 @@ class AttachedNoise(Attachment):
             layer = MultiplicativeNoise(each.size, own, dim=-1)
             layer.site_name = name
             like = next((p for p in net.parameters()), torch.zeros(()))
-            self.noise[name.replace(".", "/")] = layer.to(like.device)
+            self.noise[_key(name)] = layer.to(like.device)
         self.training = net.training
         self._attach()
 
@@ -91,14 +91,8 @@ class AttachedNoise(Attachment):
         return self.detach_hooks(self.net)
 
     def detach_hooks(self, net: nn.Module) -> nn.Module:
-        for module in net.modules():
-            for hooks, flags in (
-                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-                (module._forward_hooks, module._forward_hooks_with_kwargs),
-            ):
-                for key in [key for key, hook in hooks.items() if isinstance(hook, _ReaderHook | _OutputHook)]:
-                    del hooks[key]
-                    flags.pop(key, None)
+        drop_hooks(net, (_ReaderHook, _OutputHook))
+        for module in list(net.modules()):
             if isinstance(module, HeadwiseAttention) and module.is_whole:
                 module.release()
         return net
@@ -113,7 +107,7 @@ class AttachedNoise(Attachment):
         adopt_attention(self.net)
         record = self.structures.record
         for name in self.structures:
-            layer: Any = self.noise[name.replace(".", "/")]
+            layer: Any = self.noise[_key(name)]
             site: Site = record.sites[f"{name}.theta"]
             for module, (index, arguments) in reader_inputs(record, site).items():
                 hook = _ReaderHook(layer, index, arguments)
@@ -122,6 +116,11 @@ class AttachedNoise(Attachment):
                 self.net.get_submodule(site.module).register_forward_hook(
                     _OutputHook(layer, site.dim), with_kwargs=True
                 )
+
+
+def _key(name: str) -> str:
+    """Return the name of a group's noise layer: one without dots, and different from any attribute's."""
+    return "/" + name.replace("/", "//").replace(".", "/")
 
 
 def _check(net: nn.Module, structures: StructureSet) -> None:

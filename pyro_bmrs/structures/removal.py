@@ -19,6 +19,7 @@ __all__ = [
     "changed_arguments",
     "cut",
     "cut_tensors",
+    "drop_hooks",
     "fixed_copy",
     "reader_inputs",
     "release_attention",
@@ -97,7 +98,7 @@ def fixed_copy(net: nn.Module, record: Record, values: Mapping[str, Tensor]) -> 
     for name, site in record.sites.items():
         hook_readers(net, record, site, values[name].detach())
         if site.module is not None:
-            hook = _FixedOutput(name, values[name].detach(), site.dim)
+            hook = _FixedOutput(values[name].detach(), site.dim)
             net.get_submodule(site.module).register_forward_hook(hook, with_kwargs=True)
     return net
 
@@ -113,8 +114,8 @@ class _Scale(ChannelScale):
 class _FixedOutput:
     """Multiplies the channels of a module's output by constants."""
 
-    def __init__(self, site: str, scale: Tensor, dim: int) -> None:
-        self.site, self.scale, self.dim = site, scale, dim
+    def __init__(self, scale: Tensor, dim: int) -> None:
+        self.scale, self.dim = scale, dim
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
@@ -142,6 +143,18 @@ def reader_inputs(record: Record, site: Site) -> dict[str, tuple[Tensor, tuple[A
     return inputs
 
 
+def drop_hooks(net: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take hooks of these classes off all modules, in place."""
+    for module in net.modules():
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+
+
 def cut(net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> nn.Module:
     """Take out of what ``fixed_copy`` returned all that the masks remove, in place, and return the network.
 
@@ -153,15 +166,7 @@ def cut(net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Map
     """
     record = untied(net, record)
     dead = record.dead(masks)
-    for hooks in (each for module in net.modules() for each in (module._forward_pre_hooks, module._forward_hooks)):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _FixedInput | _FixedOutput)]:
-            del hooks[key]
-    for module in net.modules():
-        for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
-            for key in [
-                key for key in flags if key not in module._forward_pre_hooks and key not in module._forward_hooks
-            ]:
-                del flags[key]
+    drop_hooks(net, (_FixedInput, _FixedOutput))
     scales = {module.site: module for module in net.modules() if isinstance(module, _Scale)}
     left: dict[str, list[nn.Module]] = {}
     for name, site in record.sites.items():

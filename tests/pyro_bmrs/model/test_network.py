@@ -77,3 +77,21 @@ def test_a_likelihood_over_the_wrong_shape_is_refused():
     model = bmrs.NoisyNetwork(net, likelihood=lambda out: dist.Normal(out, 1.0))
     with pytest.raises(ValueError, match=r"batch_shape \(5,\).*Normal of batch_shape \(5, 1\)"):
         model(torch.randn(5, 2))
+
+
+def test_layers_may_be_called_what_they_like():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys, self.values = nn.Linear(3, 4), nn.Linear(4, 5)
+            self.add_module("a/b", nn.Linear(5, 6))
+            self.a = nn.ModuleDict({"b": nn.Linear(6, 4)})
+            self.forward_ = nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.values(self.keys(x).relu()).relu()
+            return self.forward_(self.a["b"](getattr(self, "a/b")(h).relu()).relu())
+
+    net, x = Named(), torch.randn(2, 3)
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x)))
+    assert model.sizes == {"keys.theta": 4, "values.theta": 5, "a/b.theta": 6, "a.b.theta": 4}
