@@ -354,7 +354,7 @@ class _Reading:
         if any(each in self.heads for each in classes.tolist()):
             return "head"
         summed = bool(self.summed[classes].any()) and self._makers(slots) > 1
-        return "width" if summed or any(each in self.norms for each in classes.tolist()) else "channel"
+        return "width" if summed else "channel"
 
     def _makers(self, slots: list[Slot]) -> int:
         """Return how many layers make channels along these dimensions."""

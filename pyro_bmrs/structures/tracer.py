@@ -91,7 +91,7 @@ class Tracer(TorchDispatchMode):
         reads: Where parameters read channels.
         written: Labels of channels that are not zero even where the noise in front of them is.
         read: Labels of channels that something reads.
-        norms: Labels over which a normalisation computes statistics, with the module's name.
+        norms: Labels that a normalisation passes on, with the module's name.
         heads: Labels of attention heads, with the module that computes the attention.
         checks: Operations that count positions.
         sums: Labels of channels that are sums of what several layers make.

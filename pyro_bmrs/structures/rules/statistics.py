@@ -28,6 +28,7 @@ def _channelwise_norm(tracer: Tracer, call: Call) -> None:
             labels = [each.view(shape) for each in tracer.of(tensor)]
             operands.append(Operand(labels, [1, tensor.numel(), *[1] * (x.dim() - 2)]))
     out = tracer.combine(operands, f"{tracer.place()} normalises it with something that cannot shrink alike")
+    tracer.norms.extend((each, tracer.here) for each in out if 1 in support(each))
     if len(operands) == 1:
         tracer.counted.extend((each, tracer.here) for each in out if support(each) == {1})
     tracer.written.extend(out)
@@ -79,6 +80,7 @@ def _group_norm(tracer: Tracer, call: Call) -> None:
         group = blocks[:, :1].expand(groups, x.shape[1] // groups).reshape(-1)
         out.append(group.view(1, -1, *[1] * (x.dim() - 2)))
     found = [each for each in out if each is not None]
+    tracer.norms.extend((each, tracer.here) for each in found if 1 in support(each))
     if len(operands) == 1:
         tracer.counted.extend((each, tracer.here) for each in found if support(each) == {1})
     tracer.written.extend(found)

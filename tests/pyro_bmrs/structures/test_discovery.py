@@ -81,6 +81,12 @@ def test_groups_have_kinds_readers_and_costs():
     assert member.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] * 3
 
 
+def test_norms_on_the_way_are_named():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 3))
+    structures = bmrs.find_structures(net, torch.randn(2, 1, 8, 8))
+    assert (structures["0"].size, structures["0"].norms) == (2, ("1", "3"))
+
+
 def test_one_bad_site_refuses_itself():
     net, x = mixed()
     structures = bmrs.find_structures(net, x)

@@ -1,0 +1,600 @@
+"""Networks that pruning by a dependency graph got wrong: compacted equals masked, or refused before training."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import glu, linear, scaled_dot_product_attention
+from torch.nn.utils import prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import pyro_bmrs as bmrs
+
+EXACT = 1e-9
+QUICK = {"criterion": None, "epochs": 1, "fine_tune_epochs": 0, "batch_size": 4, "progress": False, "seed": 0}
+
+
+def inside(size, dim=1):
+    return bmrs.MultiplicativeNoise(size, dim=dim)
+
+
+def outside(*_):
+    return nn.Identity()
+
+
+class Net(nn.Module):
+    """Layers by name."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+class NoiseOnSum(Net):
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), b=nn.Linear(8, 8), o=nn.Linear(8, 2), n=noise(8))
+
+    def forward(self, x):
+        h = torch.relu(self.i(x))
+        return self.o(self.n(h + torch.relu(self.b(h))))
+
+
+class Keeping(Net):
+    """Keeps an activation on itself."""
+
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), o=nn.Linear(8, 2), n=noise(8))
+        self.kept, self.more = None, {}
+
+    def forward(self, x):
+        self.kept = torch.relu(self.i(x))
+        self.more["last"] = [self.kept * 2]
+        return self.o(self.n(self.kept))
+
+
+class Chunked(Net):
+    """Halves into two layers of different width."""
+
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), a=nn.Linear(4, 3), b=nn.Linear(4, 5), o=nn.Linear(8, 2), n=noise(8))
+
+    def forward(self, x):
+        p, q = self.n(torch.relu(self.i(x))).chunk(2, 1)
+        return self.o(torch.cat([self.a(p), self.b(q)], 1).tanh())
+
+
+class RawInputFirst(Net):
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), o=nn.Linear(14, 2), n=noise(8))
+
+    def forward(self, x):
+        return self.o(torch.cat([x, self.n(self.i(x).relu())], 1))
+
+
+class TwoRawInputs(Net):
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), j=nn.Linear(14, 5), o=nn.Linear(11, 2), n=noise(8), m=noise(5))
+
+    def forward(self, x):
+        h = self.j(torch.cat([x, self.n(self.i(x).relu())], 1))
+        return self.o(torch.cat([x, self.m(h.relu())], 1))
+
+
+class TwoConvolvedInputs(Net):
+    def __init__(self, noise):
+        layers = {"i": nn.Conv2d(2, 4, 3, padding=1), "j": nn.Conv2d(6, 5, 3, padding=1), "o": nn.Linear(7, 2)}
+        super().__init__(**layers, n=noise(4), m=noise(5))
+
+    def forward(self, x):
+        h = self.j(torch.cat([x, self.n(self.i(x).relu())], 1))
+        return self.o(torch.cat([x, self.m(h.relu())], 1).mean((2, 3)))
+
+
+class Shuffled(Net):
+    """Depth to space."""
+
+    def __init__(self, noise):
+        layers = {"i": nn.Conv2d(2, 8, 3, padding=1), "p": nn.PixelShuffle(2), "c": nn.Conv2d(2, 6, 3)}
+        super().__init__(**layers, o=nn.Linear(6, 2), n=noise(8), m=noise(6))
+
+    def forward(self, x):
+        return self.o(self.m(self.c(self.p(self.n(self.i(x).relu()))).relu()).mean((2, 3)))
+
+
+class ChannelShuffle(Net):
+    """Of ShuffleNet: by view and transpose, or by chunk."""
+
+    def __init__(self, noise, by="view"):
+        layers = {"i": nn.Conv2d(2, 8, 3), "g": nn.Conv2d(8, 8, 3, groups=2), "o": nn.Linear(8, 2)}
+        super().__init__(**layers, n=noise(8), m=noise(8))
+        self.by = by
+
+    def forward(self, x):
+        h = self.n(self.i(x).relu())
+        if self.by == "view":
+            h = h.view(len(h), 2, 4, *h.shape[2:]).transpose(1, 2).reshape(h.shape)
+        elif self.by == "chunk":
+            a, b = h.chunk(2, 1)
+            h = torch.cat([b, a], 1)
+        else:
+            h = nn.functional.channel_shuffle(h, 2)
+        return self.o(self.m(self.g(h).relu()).mean((2, 3)))
+
+
+class Gated(Net):
+    def __init__(self, noise, before=True):
+        super().__init__(i=nn.Linear(6, 16), o=nn.Linear(8, 2), n=noise(16 if before else 8))
+        self.before = before
+
+    def forward(self, x):
+        h = self.i(x)
+        return self.o(glu(self.n(h), 1) if self.before else self.n(glu(h, 1)))
+
+
+class FusedAttention(Net):
+    def __init__(self, noise, where="output"):
+        layers = {"e": nn.Linear(3, 8), "qkv": nn.Linear(8, 24), "p": nn.Linear(8, 8), "o": nn.Linear(8, 2)}
+        super().__init__(**layers, n=noise({"output": 8, "projection": 24, "heads": 2}[where], -1))
+        self.where = where
+        if where == "heads" and isinstance(self.n, bmrs.MultiplicativeNoise):
+            self.n.dim = 1
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        h = self.e(x)
+        projected = self.qkv(h)
+        if self.where == "projection":
+            projected = self.n(projected)
+        q, k, v = projected.view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v)
+        if self.where == "heads":
+            mixed = self.n(mixed)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, 8)
+        if self.where == "output":
+            mixed = self.n(mixed)
+        return self.o((h + self.p(mixed)).mean(1))
+
+
+class ToImage(Net):
+    """A vector viewed as an image of one or of several channels."""
+
+    def __init__(self, noise, channels=2):
+        layers = {"i": nn.Linear(6, 16 * channels), "c": nn.Conv2d(channels, 5, 3), "o": nn.Linear(5, 2)}
+        super().__init__(**layers, n=noise(16 * channels), m=noise(5))
+        self.channels = channels
+
+    def forward(self, x):
+        h = self.n(self.i(x).relu()).view(-1, self.channels, 4, 4)
+        return self.o(self.m(self.c(h).relu()).mean((2, 3)))
+
+
+class HardCoded(Net):
+    def __init__(self, noise, form="flatten"):
+        layers = {"c": nn.Conv2d(2, 8, 3), "f": nn.Linear(32, 6), "o": nn.Linear(6, 2)}
+        super().__init__(**layers, n=noise(8), m=noise(6))
+        self.form = form
+
+    def forward(self, x):
+        h = self.n(self.c(x).relu())
+        if self.form == "flatten":
+            h = h.view(-1, 8 * 2 * 2)
+        elif self.form == "batch":
+            h = h.reshape(x.shape[0], 32)
+        else:
+            h = h.view(-1, 8, 4).reshape(-1, 32)
+        return self.o(self.m(self.f(h).relu()))
+
+
+class Assigned(Net):
+    def __init__(self, noise, half="first"):
+        super().__init__(i=nn.Linear(6, 8), o=nn.Linear(8, 2), n=noise(8))
+        self.half = half
+
+    def forward(self, x):
+        h = self.n(self.i(x).relu())
+        if self.half == "first":
+            h[:, :4] = h[:, 4:].sin() + 1
+        elif self.half == "input":
+            h[:, :4] = x[:, :4]
+        else:
+            h[:, ::2] *= 2
+        return self.o(h)
+
+
+class Shared(Net):
+    """One activation, with noise, in two places."""
+
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), b=nn.Linear(8, 8), o=nn.Linear(8, 2))
+        self.act = nn.Sequential(nn.ReLU(), noise(8))
+
+    def forward(self, x):
+        return self.o(self.act(self.b(self.act(self.i(x)))))
+
+
+class TwoNames(Net):
+    """One noise layer under two names, of which both are used, or one."""
+
+    def __init__(self, noise, both=True):
+        super().__init__(i=nn.Linear(6, 8), b=nn.Linear(8, 8), o=nn.Linear(8, 2), n=noise(8))
+        self.again, self.both = self.n, both
+
+    def forward(self, x):
+        h = self.n(self.i(x).relu())
+        h = self.b(h).relu()
+        return self.o(self.again(h) if self.both else h)
+
+
+class Tied(Net):
+    """Two layers of one weight, used side by side, one after the other, or transposed."""
+
+    def __init__(self, noise, how="series"):
+        super().__init__(i=nn.Linear(6, 8), a=nn.Linear(8, 8), b=nn.Linear(8, 8), o=nn.Linear(8, 2), n=noise(8))
+        self.how = how
+        if how != "transposed":
+            self.b.weight = self.a.weight
+        else:
+            self.b = nn.Linear(8, 6)
+            self.b.weight = nn.Parameter(self.b.weight.t().contiguous())
+            self.i.weight = self.b.weight
+            self.b = nn.ParameterDict({"bias": nn.Parameter(torch.randn(6))})
+            self.o = nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.i(x).relu()
+        if self.how == "series":
+            return self.o(self.b(self.n(self.a(h).tanh())).tanh())
+        if self.how == "parallel":
+            return self.o((self.a(self.n(h)) + self.b(h).tanh()).relu())
+        return self.o(linear(self.n(h), self.i.weight.t(), self.b["bias"]).tanh())
+
+
+class TiedReaders(Net):
+    """Two different inputs read by one weight, noise on one of them."""
+
+    def __init__(self, noise):
+        super().__init__(i=nn.Linear(6, 8), j=nn.Linear(6, 8), a=nn.Linear(8, 5), b=nn.Linear(8, 5), o=nn.Linear(10, 2))
+        self.n = noise(8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.o(torch.cat([self.a(self.n(self.i(x).relu())), self.b(self.j(x).relu())], 1).tanh())
+
+
+class TiedEmbedding(Net):
+    """A language model in small."""
+
+    def __init__(self, noise):
+        super().__init__(e=nn.Embedding(7, 8), f=nn.Linear(8, 8), n=noise(8, -1))
+        self.o = nn.Linear(8, 7, bias=False)
+        self.o.weight = self.e.weight
+
+    def forward(self, tokens):
+        h = self.e(tokens)
+        return self.o((h + self.f(self.n(h.tanh())).relu()).mean(1))
+
+
+class Encoder(Net):
+    """PyTorch's fast path skips what stands inside of it in eval mode."""
+
+    def __init__(self, noise, where="dropout", norm_first=False, batch_first=True):
+        super().__init__(e=nn.Linear(3, 8), o=nn.Linear(8, 2))
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=batch_first, norm_first=norm_first)
+        self.batch_first = batch_first
+        if where == "dropout":
+            self.layer.dropout = noise(12, -1)
+        elif where == "activation":
+            self.layer.activation = nn.Sequential(nn.ReLU(), noise(12, -1))
+        elif where == "layer":
+            self.layer.linear1 = nn.Sequential(self.layer.linear1, noise(12, -1))
+        else:
+            self.layer.dropout1 = noise(8, -1)
+
+    def forward(self, x):
+        h = self.e(x)
+        if not self.batch_first:
+            return self.o(self.layer(h.transpose(0, 1)).mean(0))
+        return self.o(self.layer(h).mean(1))
+
+
+class Stack(Net):
+    def __init__(self, noise):
+        layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+        layer.dropout = noise(12, -1)
+        super().__init__(e=nn.Linear(3, 8), layers=nn.TransformerEncoder(layer, 2), o=nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.o(self.layers(self.e(x)).mean(1))
+
+
+class TwoOutputs(Net):
+    def __init__(self, noise, form="tuple"):
+        super().__init__(i=nn.Linear(6, 8), o=nn.Linear(8, 2), p=nn.Linear(8, 3), n=noise(8))
+        self.form = form
+
+    def forward(self, x):
+        h = self.n(self.i(x).relu())
+        both = self.o(h), self.p(h).tanh()
+        return both if self.form == "tuple" else {"logits": both[0], "extra": [both[1], None, 3]}
+
+
+def small(net):
+    """Outputs of the order 1e-6."""
+    with torch.no_grad():
+        net[-1].weight.mul_(1e-6)
+        net[-1].bias.mul_(1e-6)
+    return net
+
+
+def pruned(layer):
+    prune.random_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+def parametrised(make, place=0):
+    """Return a maker of a network with one layer so changed."""
+
+    def made(noise):
+        layers = [nn.Linear(6, 8), nn.ReLU(), noise(8), nn.Linear(8, 7), nn.ReLU(), noise(7), nn.Linear(7, 2)]
+        layers[place] = make(layers[place])
+        return nn.Sequential(*layers)
+
+    return made
+
+
+def weight_normed(noise):
+    return small(nn.Sequential(weight_norm(nn.Linear(6, 8)), noise(8), nn.Linear(8, 2)))
+
+
+def old_weight_norm(layer):
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+def series(noise):
+    return nn.Sequential(nn.Linear(6, 4), noise(4), nn.ReLU(), noise(4), nn.Linear(4, 2))
+
+
+def series_of_convolutions(noise):
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), noise(4), nn.ReLU(), noise(4), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(20, 2)
+    )
+
+
+def series_around_batch_norm(noise):
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), noise(4), nn.BatchNorm2d(4), noise(4), nn.ReLU(), nn.Conv2d(4, 5, 1), *head
+    )
+
+
+def series_around_convolution(noise):
+    """A depthwise convolution, whose channels are those before it."""
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), noise(4), nn.Conv2d(4, 4, 2, groups=4), noise(4), nn.Tanh(), nn.Conv2d(4, 5, 1), *head
+    )
+
+
+def three_in_series(noise):
+    return nn.Sequential(nn.Linear(6, 4), noise(4), noise(4), nn.Sigmoid(), noise(4), nn.Linear(4, 2))
+
+
+def one_channel(noise):
+    return nn.Sequential(
+        nn.Conv2d(2, 1, 3, padding=1), noise(1), nn.ReLU(), nn.Conv2d(1, 4, 3), noise(4), nn.ReLU(), nn.Conv2d(4, 1, 1),
+        noise(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+def many(make, **options):
+    """Return a maker of one form of a network."""
+    return lambda noise: make(noise, **options)
+
+
+VECTOR, IMAGE, SEQUENCE = (6,), (2, 4, 4), (5, 3)
+# Network, shape of an example, and what happens with noise inside of it and with noise attached: whether compacted
+# equals masked, or it is refused before training.
+CASES = {
+    "noise on a sum": (NoiseOnSum, VECTOR),
+    "small outputs": (weight_normed, VECTOR),
+    "weight norm before": (parametrised(weight_norm), VECTOR),
+    "weight norm between": (parametrised(weight_norm, 3), VECTOR),
+    "weight norm behind": (parametrised(weight_norm, 6), VECTOR),
+    "spectral norm before": (parametrised(spectral_norm), VECTOR),
+    "spectral norm between": (parametrised(spectral_norm, 3), VECTOR),
+    "old weight norm before": (parametrised(old_weight_norm), VECTOR),
+    "old weight norm between": (parametrised(old_weight_norm, 3), VECTOR),
+    "old spectral norm between": (parametrised(old_spectral_norm, 3), VECTOR),
+    "masked weights before": (parametrised(pruned), VECTOR),
+    "masked weights between": (parametrised(pruned, 3), VECTOR),
+    "keeps its activation": (Keeping, VECTOR),
+    "chunks": (Chunked, VECTOR),
+    "raw input first": (RawInputFirst, VECTOR),
+    "two raw inputs": (TwoRawInputs, VECTOR),
+    "two convolved inputs": (TwoConvolvedInputs, IMAGE),
+    "pixel shuffle": (Shuffled, IMAGE),
+    "channel shuffle": (ChannelShuffle, (2, 6, 6)),
+    "channel shuffle by chunk": (many(ChannelShuffle, by="chunk"), (2, 6, 6)),
+    "channel shuffle of torch": (many(ChannelShuffle, by="torch"), (2, 6, 6)),
+    "before a GLU": (Gated, VECTOR),
+    "behind a GLU": (many(Gated, before=False), VECTOR),
+    "fused qkv": (FusedAttention, SEQUENCE),
+    "noise on qkv": (many(FusedAttention, where="projection"), SEQUENCE),
+    "noise on heads": (many(FusedAttention, where="heads"), SEQUENCE),
+    "view to an image": (ToImage, VECTOR),
+    "view to one channel": (many(ToImage, channels=1), VECTOR),
+    "hard-coded": (HardCoded, IMAGE),
+    "hard-coded behind the batch": (many(HardCoded, form="batch"), IMAGE),
+    "hard-coded channels": (many(HardCoded, form="channels"), IMAGE),
+    "slice assigned": (Assigned, VECTOR),
+    "slice of the input assigned": (many(Assigned, half="input"), VECTOR),
+    "every second changed": (many(Assigned, half="even"), VECTOR),
+    "activation used twice": (Shared, VECTOR),
+    "two names": (TwoNames, VECTOR),
+    "two names, one used": (many(TwoNames, both=False), VECTOR),
+    "tied in series": (Tied, VECTOR),
+    "tied in parallel": (many(Tied, how="parallel"), VECTOR),
+    "tied transposed": (many(Tied, how="transposed"), VECTOR),
+    "tied readers": (TiedReaders, VECTOR),
+    "tied embedding": (TiedEmbedding, None),
+    "series": (series, VECTOR),
+    "series of convolutions": (series_of_convolutions, IMAGE),
+    "series around batch norm": (series_around_batch_norm, IMAGE),
+    "series around a convolution": (series_around_convolution, IMAGE),
+    "three in series": (three_in_series, VECTOR),
+    "encoder, dropout": (Encoder, SEQUENCE),
+    "encoder, activation": (many(Encoder, where="activation"), SEQUENCE),
+    "encoder, layer": (many(Encoder, where="layer"), SEQUENCE),
+    "encoder, stream": (many(Encoder, where="stream"), SEQUENCE),
+    "encoder, norm first": (many(Encoder, norm_first=True), SEQUENCE),
+    "encoder, time first": (many(Encoder, batch_first=False), SEQUENCE),
+    "stack of encoders": (Stack, SEQUENCE),
+    "one channel": (one_channel, IMAGE),
+}
+# With noise inside. With noise attached all networks offer something, and all that they offer is exact.
+REFUSED = set()
+
+
+def inputs(shape, count=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    if shape is None:
+        return torch.randint(7, (count, 5), generator=generator)
+    return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+
+
+def make(case, noise, seed=0):
+    """Return a network in float64 whose batch norms have statistics of their own, and example inputs."""
+    torch.manual_seed(seed)
+    maker, shape = CASES[case]
+    net = maker(noise).double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return net, inputs(shape)
+
+
+def first(output):
+    """Return the likelihood of what a network returns first."""
+    logits = output["logits"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+    return torch.distributions.Categorical(logits=logits) if False else bmrs.model.network.categorical(logits)
+
+
+def random_posterior(guide, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        guide.loc.uniform_(-3, 0.0, generator=generator)
+        guide.log_scale.normal_(-1, 0.5, generator=generator)
+
+
+def model_of(net, x, likelihood=None):
+    model = bmrs.NoisyNetwork(net, likelihood=likelihood, num_data=100)
+    like = next(net.parameters())
+    guide = bmrs.TruncatedLogNormalGuide(model).to(like.dtype)
+    random_posterior(guide)
+    return model, guide
+
+
+def all_masks(sizes, count=3):
+    """Iterate over random masks, and over some that empty each site."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(keep):
+        return {site: torch.rand(size, generator=generator) < keep for site, size in sizes.items()}
+
+    yield from (drawn(keep) for keep in (0.5, 0.8, 0.3)[:count])
+    yield {site: torch.arange(size) < size // 2 for site, size in sizes.items()}
+    for site, size in sizes.items():
+        yield drawn(0.6) | {site: torch.zeros(size, dtype=torch.bool)}
+
+
+def leaves(output):
+    if isinstance(output, torch.Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return [leaf for value in values for leaf in leaves(value)]
+
+
+def error(found, expected):
+    """Return the largest difference of outputs relative to their spread."""
+    worst = 0.0
+    for one, other in zip(leaves(found), leaves(expected), strict=True):
+        assert one.shape == other.shape
+        spread = max(float(other.max() - other.min()), 1e-4 * float(other.abs().max()))
+        off = float((one - other).abs().max())
+        worst = max(worst, off / spread if off else 0.0)
+        assert math.isfinite(off)
+    return worst
+
+
+def check_exact(model, guide, example, new, structures=None, tolerance=EXACT):
+    """Check that compacted equals masked on new inputs, and that costs are those of the network really cut.
+
+    Returns:
+        The largest number of parameters removed.
+    """
+    structures = structures or getattr(model.net, "structures", None) or bmrs.find_structures(model.net, example)
+    full, removed = bmrs.count_parameters(model.net), 0
+    before = [layer.keep.clone() for layer in model.noise.values()]
+    for masks in all_masks(model.sizes):
+        cut = bmrs.compact(model, guide, masks, example, structures)
+        with torch.no_grad():
+            assert error(cut(new), bmrs.predict(model, guide, new, masks)) <= tolerance
+        assert bmrs.count_parameters(model.net, structures, masks) == bmrs.count_parameters(cut)
+        assert bmrs.count_flops(model.net, example, structures, masks) == bmrs.count_flops(cut, example)
+        removed = max(removed, full - bmrs.count_parameters(cut))
+    assert all(torch.equal(layer.keep, keep) for layer, keep in zip(model.noise.values(), before, strict=True))
+    return removed
+
+
+def fitted_or_refused(model, guide, x):
+    """Fit for an epoch; return False if it was refused, with nothing trained, and a message that says it all."""
+    before = copy.deepcopy({**model.state_dict(), **{f"guide {k}": v for k, v in guide.state_dict().items()}})
+    random_state = torch.get_rng_state()
+    try:
+        bmrs.fit(model, guide, (x, torch.arange(len(x)) % 2), **QUICK, precision="64-true")
+    except ValueError as refusal:
+        check_refusal(model, str(refusal))
+        after = {**model.state_dict(), **{f"guide {k}": v for k, v in guide.state_dict().items()}}
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert torch.equal(torch.get_rng_state(), random_state)
+        return False
+    return True
+
+
+def check_refusal(model, message):
+    assert any(f"'{site}'" in message for site in model.sizes), message
+    assert "cannot be removed: " in message
+    assert 'unremovable="mask"' in message
+    assert "take this noise out" in message
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_noise_inside_is_exact_or_refused_before_training(case):
+    net, x = make(case, inside)
+    net(x)  # with gradients, as in somebody's training loop
+    model, guide = model_of(net, x)
+    accepted = fitted_or_refused(model, guide, x)
+    if accepted:
+        random_posterior(guide)
+        removed = check_exact(model, guide, x, inputs(CASES[case][1], 7, seed=5))
+        assert removed > 0
+    assert accepted == (case not in REFUSED)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_noise_attached_is_exact(case):
+    net, x = make(case, outside)
+    net(x)
+    structures = bmrs.find_structures(net, x)
+    assert all(reason for reason in structures.refused.values())
+    model, guide = model_of(bmrs.attach_noise(net, structures), x)
+    assert fitted_or_refused(model, guide, x)
+    random_posterior(guide)
+    assert check_exact(model, guide, x, inputs(CASES[case][1], 7, seed=5)) > 0
