@@ -51,7 +51,11 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
         means = {site: torch.ones(size, device=device) for site, size in model.sizes.items()}
         output = model.run(to_input(x[:1].to(device)), means)
     y = y.to(device)
-    observed = model.likelihood(output.expand(len(y), *output.shape[1:]))
+    if isinstance(output, Tensor):
+        observed = model.likelihood(output.expand(len(y), *output.shape[1:]))
+    else:
+        observed = model.likelihood(output)
+        observed = observed.expand((len(y), *observed.batch_shape[1:]))
     if isinstance(observed, Categorical) and y.is_floating_point():
         raise ValueError(
             f"{name} has observations of {y.dtype}, but a Categorical likelihood needs class indices: use y.long()"
@@ -66,7 +70,7 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
         allowed = (
-            f"the {output.shape[-1]} classes 0 to {output.shape[-1] - 1}"
+            f"the {observed.logits.shape[-1]} classes 0 to {observed.logits.shape[-1] - 1}"
             if isinstance(observed, Categorical)
             else (f"the support {observed.support} of the likelihood")
         )

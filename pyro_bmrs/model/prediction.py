@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.structures.inputs import Inputs, batches, to_input
+from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, to_input
 from pyro_bmrs.structures.masks import check_masks
 
 __all__ = ["predict"]
@@ -47,9 +47,7 @@ def predict(
             model.run(tree_map(to_input, batch), values, masked=False)
             for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size)
         ]
-    if len(outputs) == 1:
-        return outputs[0]
-    return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+    return concatenated(outputs)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

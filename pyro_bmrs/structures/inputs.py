@@ -1,13 +1,24 @@
 """Calling any network: inputs as a tensor, a tuple or a dictionary, and outputs of any nesting."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Inputs", "batch_size", "batches", "call", "output_tensors", "random_like", "to_input", "to_network"]
+__all__ = [
+    "Inputs",
+    "batch_size",
+    "batches",
+    "call",
+    "concatenated",
+    "output_tensors",
+    "random_like",
+    "to_input",
+    "to_network",
+]
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -74,6 +85,25 @@ def to_network(inputs: Inputs, net: nn.Module) -> Inputs:
 
     moved_inputs: Inputs = tree_map(moved, dict(inputs) if isinstance(inputs, Mapping) else inputs)
     return moved_inputs
+
+
+def concatenated(outputs: Sequence[Any]) -> Any:
+    """Return the outputs of several batches as those of one: tensors are concatenated, whatever they are nested in."""
+    first = outputs[0]
+    if len(outputs) == 1 or first is None or isinstance(first, bool | int | float | str):
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(outputs)) if first.dim() else torch.stack(list(outputs)).mean()
+    if isinstance(first, Mapping):
+        joined = {key: concatenated([each[key] for each in outputs]) for key in first}
+        return type(first)(**joined) if is_dataclass(first) else joined
+    if isinstance(first, tuple | list):
+        parts = [concatenated(each) for each in zip(*outputs, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [each.name for each in fields(first)]
+        return replace(first, **{name: concatenated([getattr(each, name) for each in outputs]) for name in names})
+    raise TypeError(f"outputs of type {type(first).__name__} cannot be put together; run one batch, or return tensors")
 
 
 def random_like(inputs: Inputs, generator: torch.Generator, plain: bool = False) -> Inputs:

@@ -1,7 +1,11 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from nets import build, random_masks
 from pyro import poutine
+from pyro.distributions import Categorical
+from torch import nn
 
 import pyro_bmrs as bmrs
 
@@ -47,3 +51,47 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
     model, guide, x = build("mlp")
     with pytest.raises(ValueError, match=message):
         bmrs.predict(model, guide, x, masks)
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+class Answering(nn.Module):
+    """Returns its logits in one container or another."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.pack = pack
+
+    def forward(self, x):
+        return self.pack(self.layers(x))
+
+
+PACKED = {
+    "tuple": (lambda logits: (logits, logits.sum(1)), lambda out: out[0]),
+    "dict": (lambda logits: {"logits": logits, "count": 3}, lambda out: out["logits"]),
+    "dataclass": (Answer, lambda out: out.logits),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_networks_may_return_what_they_like(name):
+    pack, unpack = PACKED[name]
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    y = x[:, :3].argmax(1)
+    net = Answering(pack)
+    model = bmrs.NoisyNetwork(
+        bmrs.attach_noise(net, bmrs.find_structures(net, x[:2])), lambda out: Categorical(logits=unpack(out))
+    )
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    result = bmrs.fit(model, guide, (x, y), (x, y), epochs=2, fine_tune_epochs=1, batch_size=10, progress=False, seed=0)
+    assert "accuracy_validation" in result.history[-1]
+    whole, parts = (unpack(bmrs.predict(model, guide, x, batch_size=size)) for size in (40, 7))
+    torch.testing.assert_close(whole, parts)
+    small = bmrs.compact(model, guide, result.masks, x[:2])
+    torch.testing.assert_close(unpack(small(x)), whole)

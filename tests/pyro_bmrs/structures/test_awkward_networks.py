@@ -3,6 +3,7 @@
 import copy
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.structures.refusal import removable_structures
 
 EXACT = 1e-9
 QUICK = {"criterion": None, "epochs": 1, "fine_tune_epochs": 0, "batch_size": 4, "progress": False, "seed": 0}
@@ -289,10 +291,10 @@ class Encoder(Net):
             self.layer.dropout = noise(12, -1)
         elif where == "activation":
             self.layer.activation = nn.Sequential(nn.ReLU(), noise(12, -1))
-        elif where == "layer":
-            self.layer.linear1 = nn.Sequential(self.layer.linear1, noise(12, -1))
-        else:
+        elif where == "stream":
             self.layer.dropout1 = noise(8, -1)
+        else:
+            self.layer.dropout2 = noise(8, -1)
 
     def forward(self, x):
         h = self.e(x)
@@ -397,8 +399,7 @@ def many(make, **options):
 
 
 VECTOR, IMAGE, SEQUENCE = (6,), (2, 4, 4), (5, 3)
-# Network, shape of an example, and what happens with noise inside of it and with noise attached: whether compacted
-# equals masked, or it is refused before training.
+# Network, and shape of an example.
 CASES = {
     "noise on a sum": (NoiseOnSum, VECTOR),
     "small outputs": (weight_normed, VECTOR),
@@ -449,15 +450,23 @@ CASES = {
     "three in series": (three_in_series, VECTOR),
     "encoder, dropout": (Encoder, SEQUENCE),
     "encoder, activation": (many(Encoder, where="activation"), SEQUENCE),
-    "encoder, layer": (many(Encoder, where="layer"), SEQUENCE),
+    "encoder, second stream": (many(Encoder, where="second stream"), SEQUENCE),
     "encoder, stream": (many(Encoder, where="stream"), SEQUENCE),
     "encoder, norm first": (many(Encoder, norm_first=True), SEQUENCE),
     "encoder, time first": (many(Encoder, batch_first=False), SEQUENCE),
     "stack of encoders": (Stack, SEQUENCE),
     "one channel": (one_channel, IMAGE),
 }
-# With noise inside. With noise attached all networks offer something, and all that they offer is exact.
-REFUSED = set()
+# Refused with noise inside; all others are exact.
+REFUSED = {
+    "channel shuffle", "fused qkv", "noise on heads", "view to an image", "hard-coded", "hard-coded behind the batch",
+    "hard-coded channels", "tied in series", "tied in parallel", "tied transposed", "series around batch norm",
+}  # fmt: skip
+# Without anything to attach noise to; all others offer something, and what they offer is exact.
+NOTHING = {
+    "spectral norm between", "old spectral norm between", "channel shuffle", "channel shuffle by chunk",
+    "slice assigned", "slice of the input assigned", "every second changed",
+}  # fmt: skip
 
 
 def inputs(shape, count=4, seed=1):
@@ -482,8 +491,7 @@ def make(case, noise, seed=0):
 
 def first(output):
     """Return the likelihood of what a network returns first."""
-    logits = output["logits"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
-    return torch.distributions.Categorical(logits=logits) if False else bmrs.model.network.categorical(logits)
+    return dist.Categorical(logits=leaves(output)[0])
 
 
 def random_posterior(guide, seed=2):
@@ -493,7 +501,7 @@ def random_posterior(guide, seed=2):
         guide.log_scale.normal_(-1, 0.5, generator=generator)
 
 
-def model_of(net, x, likelihood=None):
+def model_of(net, likelihood=None):
     model = bmrs.NoisyNetwork(net, likelihood=likelihood, num_data=100)
     like = next(net.parameters())
     guide = bmrs.TruncatedLogNormalGuide(model).to(like.dtype)
@@ -579,7 +587,7 @@ def check_refusal(model, message):
 def test_noise_inside_is_exact_or_refused_before_training(case):
     net, x = make(case, inside)
     net(x)  # with gradients, as in somebody's training loop
-    model, guide = model_of(net, x)
+    model, guide = model_of(net)
     accepted = fitted_or_refused(model, guide, x)
     if accepted:
         random_posterior(guide)
@@ -589,12 +597,306 @@ def test_noise_inside_is_exact_or_refused_before_training(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_noise_attached_is_exact(case):
+def test_noise_attached_is_exact_or_refused_before_training(case):
     net, x = make(case, outside)
     net(x)
     structures = bmrs.find_structures(net, x)
     assert all(reason for reason in structures.refused.values())
-    model, guide = model_of(bmrs.attach_noise(net, structures), x)
+    if case in NOTHING:
+        assert not structures
+        with pytest.raises(ValueError, match="there are no structures to attach noise to"):
+            bmrs.attach_noise(net, structures)
+        return
+    assert structures, structures.refused
+    model, guide = model_of(bmrs.attach_noise(net, structures))
     assert fitted_or_refused(model, guide, x)
     random_posterior(guide)
     assert check_exact(model, guide, x, inputs(CASES[case][1], 7, seed=5)) > 0
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_what_is_refused_can_be_masked_if_the_user_says_so(case):
+    net, x = make(case, inside)
+    model, guide = model_of(net)
+    y = torch.arange(len(x)) % 2
+    bmrs.fit(model, guide, (x, y), **QUICK, precision="64-true", unremovable="mask")
+    random_posterior(guide)
+    structures = removable_structures(model.net, x, unremovable="mask")
+    check_exact(model, guide, x, inputs(CASES[case][1], 7, seed=5), structures)
+
+
+EXAMPLES = {
+    "one row": lambda x: x[:1],
+    "zeros": torch.zeros_like,
+    "equal rows": lambda x: x[:1].expand(len(x), -1).clone(),
+    "bytes": lambda x: (x.clamp(-1, 1) * 100 + 128).to(torch.uint8),
+    "zero bytes": lambda x: torch.zeros_like(x, dtype=torch.uint8),
+    "float32": lambda x: x.float(),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("noise", [inside, outside])
+def test_what_the_example_looks_like_does_not_matter(example, noise):
+    net, x = make("noise on a sum", noise)
+    example, new = EXAMPLES[example](x), inputs(VECTOR, 50, seed=5)
+    if noise is outside:
+        net = bmrs.attach_noise(net, bmrs.find_structures(net, example))
+    model, guide = model_of(net)
+    half = {site: torch.arange(8) < 4 for site in model.sizes}
+    cut = bmrs.compact(model, guide, half, example)
+    assert error(cut(new), bmrs.predict(model, guide, new, half)) <= EXACT
+    assert check_exact(model, guide, example, new) > 0
+    if example.dtype == torch.uint8:
+        y = torch.arange(len(x)) % 2
+        bmrs.fit(model, guide, (example, y), **QUICK, precision="64-true")
+
+
+@pytest.mark.parametrize("noise", [inside, outside])
+@pytest.mark.parametrize("unit", [0, 5])
+def test_a_unit_that_is_off_on_the_example_is_not_taken_for_a_constant(noise, unit):
+    net, x = make("noise on a sum", noise)
+    with torch.no_grad():
+        net.i.bias[unit] = -net.i.weight[unit].abs().sum() * x.abs().max()
+        net.b.bias[unit] = -50
+    assert not net.i(x).relu()[:, unit].any()
+    if noise is outside:
+        net = bmrs.attach_noise(net, bmrs.find_structures(net, x))
+    model, guide = model_of(net)
+    new = 20 * inputs(VECTOR, 50, seed=5)
+    assert check_exact(model, guide, x, new) > 0
+
+
+@pytest.mark.parametrize("noise", [inside, outside])
+def test_outputs_of_the_order_of_1e_6_are_held_to_their_own_spread(noise):
+    net, x = make("small outputs", noise)
+    if noise is outside:
+        net = bmrs.attach_noise(net, bmrs.find_structures(net, x))
+    model = bmrs.NoisyNetwork(net)
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-3.0).double()
+    assert check_exact(model, guide, x, inputs(VECTOR, 7, seed=5)) > 0
+
+
+class Watch(bmrs.Callback):
+    """Notes the masks at the end of every epoch."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def on_epoch_end(self, record):
+        self.seen.append((record["phase"], self.model.masks))
+
+
+class FirstThird(bmrs.Criterion):
+    def scores(self, context):
+        return {site: 0.5 - (3 * torch.arange(size) >= size).double() for site, size in context.model.sizes.items()}
+
+
+@pytest.mark.parametrize("case", ["activation used twice", "two names", "two names, one used"])
+def test_masks_of_noise_used_twice_stay(case):
+    net, x = make(case, inside)
+    model, guide = model_of(net)
+    assert len(model.sizes) == 1
+    y = torch.arange(len(x)) % 2
+    settings = {**QUICK, "criterion": FirstThird(), "epochs": 2, "fine_tune_epochs": 2, "precision": "64-true"}
+    watch = Watch(model)
+    result = bmrs.fit(model, guide, (x, y), (x, y), callbacks=[watch], **settings)
+    (site, mask) = next(iter(result.masks.items()))
+    assert mask.tolist() == [False] * 3 + [True] * 5
+    for _ in range(2):
+        bmrs.predict(model, guide, x)
+        assert torch.equal(model.masks[site], mask)
+    assert [phase for phase, _ in watch.seen] == ["noisy"] * 2 + ["fine-tune"] * 2
+    assert all(torch.equal(masks[site], mask) for phase, masks in watch.seen if phase == "fine-tune")
+    with torch.no_grad():  # the removed structures' weights count for nothing
+        before = bmrs.predict(model, guide, x)
+        net.i.weight[:3] += 1
+        if case != "two names, one used":
+            net.b.weight[:3] += 1
+        assert torch.equal(bmrs.predict(model, guide, x), before)
+    assert check_exact(model, guide, x, inputs(VECTOR, 7, seed=5)) > 0
+
+
+def test_tied_weights_count_once():
+    net, x = make("tied in parallel", outside)
+    structures = bmrs.find_structures(net, x)
+    assert bmrs.count_parameters(net) == 6 * 8 + 8 + 8 * 8 + 8 + 8 + 8 * 2 + 2
+    everything = {f"{name}.theta": torch.ones(each.size, dtype=torch.bool) for name, each in structures.items()}
+    # Removing nothing still parts the two layers, once noise is multiplied into one of them.
+    cut = bmrs.compact(*model_of(bmrs.attach_noise(net, structures)), everything, x)
+    assert bmrs.count_parameters(net, structures, everything) == bmrs.count_parameters(cut)
+
+
+@pytest.mark.parametrize("case", ["tied in parallel", "tied readers"])
+def test_noise_at_one_reader_of_a_tied_weight_does_not_scale_the_other(case):
+    net, x = make(case, outside)
+    structures = bmrs.find_structures(net, x).select(names="i")
+    model, guide = model_of(bmrs.attach_noise(net, structures))
+    new = inputs(VECTOR, 7, seed=5)
+    everything = model.masks
+    cut = bmrs.compact(model, guide, everything, x)
+    assert error(cut(new), bmrs.predict(model, guide, new, everything)) <= EXACT
+    assert model.net.net.a.weight is model.net.net.b.weight
+
+
+SERIES = {
+    "linear": (lambda n: nn.Sequential(nn.Linear(4, 2), n(2), nn.ReLU(), n(2), nn.Linear(2, 3)), (4,)),
+    "sigmoid": (lambda n: nn.Sequential(nn.Linear(4, 2), n(2), nn.Sigmoid(), n(2), nn.Linear(2, 3)), (4,)),
+    "convolution": (
+        lambda n: nn.Sequential(
+            nn.Conv2d(1, 2, 3), n(2), nn.ReLU(), n(2), nn.Conv2d(2, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ),
+        (1, 5, 5),
+    ),
+    "convolution and batch norm": (
+        lambda n: nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), n(2), nn.ReLU(), n(2), nn.Conv2d(2, 3, 2), nn.Flatten(),
+            nn.Linear(12, 3),
+        ),
+        (1, 5, 5),
+    ),
+    "batch norm between": (
+        lambda n: nn.Sequential(
+            nn.Conv2d(1, 2, 3), n(2), nn.BatchNorm2d(2), n(2), nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3)
+        ),
+        (1, 5, 5),
+    ),
+    "layer between": (
+        lambda n: nn.Sequential(nn.Linear(4, 2), n(2), nn.Linear(2, 2), n(2), nn.BatchNorm1d(2), nn.Linear(2, 3)),
+        (4,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize(
+    "keep", [((1, 0), (0, 1)), ((0, 1), (1, 0)), ((0, 0), (1, 1)), ((0, 0), (0, 0)), ((1, 1), (0, 0))]
+)
+def test_complementary_masks_in_series(name, keep):
+    maker, shape = SERIES[name]
+    torch.manual_seed(0)
+    net, x = maker(inside).double(), inputs(shape)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+    model, guide = model_of(net)
+    structures = removable_structures(net, x, unremovable="mask")
+    masks = {site: torch.tensor(bits).bool() for site, bits in zip(model.sizes, keep, strict=True)}
+    cut = bmrs.compact(model, guide, masks, x, structures)
+    new = inputs(shape, 7, seed=5)
+    assert error(cut(new), bmrs.predict(model, guide, new, masks)) <= EXACT
+    assert all(dim > 0 for parameter in cut.parameters() for dim in parameter.shape)
+    assert bmrs.count_parameters(net, structures, masks) == bmrs.count_parameters(cut)
+    assert bmrs.count_flops(net, x, structures, masks) == bmrs.count_flops(cut, x)
+
+
+@pytest.mark.parametrize("where", ["dropout", "activation", "stream", "second stream"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_in_eval_mode_sees_noise_and_masks(where, norm_first):
+    torch.manual_seed(0)
+    net, x = Encoder(inside, where, norm_first).double().eval(), inputs(SEQUENCE)
+    model, guide = model_of(net)
+    (site, size) = next(iter(model.sizes.items()))
+    nothing = {site: torch.zeros(size, dtype=torch.bool)}
+    full, empty = bmrs.predict(model, guide, x), bmrs.predict(model, guide, x, nothing)
+    assert error(empty, full) > 1e-2
+    with torch.no_grad():
+        guide.loc.sub_(1)
+    assert error(bmrs.predict(model, guide, x), full) > 1e-4
+    model.noise[site].remove(torch.arange(size) < size - 1)
+    assert error(bmrs.predict(model, guide, x), full) > 1e-3
+
+
+@pytest.mark.parametrize("noise", [inside, outside])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["noise on a sum", "pixel shuffle", "encoder, dropout"])
+def test_networks_of_other_precisions(case, dtype, noise):
+    net, x = make(case, noise)
+    net, x = net.to(dtype), x.to(dtype)
+    if noise is outside:
+        net = bmrs.attach_noise(net, bmrs.find_structures(net, x))
+    model = bmrs.NoisyNetwork(net)
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    if dtype == torch.float64:
+        guide.double()
+    y = torch.arange(len(x)) % 2
+    bmrs.fit(model, guide, (x, y), (x, y), **QUICK | {"lr": 1e-4})
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    random_posterior(guide)
+    tolerance = EXACT if dtype == torch.float64 else 20 * torch.finfo(dtype).eps
+    new = inputs(CASES[case][1], 7, seed=5).to(dtype)
+    assert check_exact(model, guide, x, new, tolerance=tolerance) > 0
+    cut = bmrs.compact(model, guide, None, x)
+    assert {parameter.dtype for parameter in cut.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("noise", [inside, outside])
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_two_outputs(form, noise):
+    torch.manual_seed(0)
+    net, x = TwoOutputs(noise, form).double(), inputs(VECTOR)
+    if noise is outside:
+        structures = bmrs.find_structures(net, x)
+        assert list(structures.refused) == ["o", "p"]
+        net = bmrs.attach_noise(net, structures)
+    model, guide = model_of(net, first)
+    y = torch.arange(len(x)) % 2
+    bmrs.fit(model, guide, (x, y), **QUICK, precision="64-true")
+    random_posterior(guide)
+    new = inputs(VECTOR, 7, seed=5)
+    assert check_exact(model, guide, x, new) > 0
+    parts, whole = bmrs.predict(model, guide, new, batch_size=2), bmrs.predict(model, guide, new)
+    assert type(parts) is type(whole) is (tuple if form == "tuple" else dict)
+    assert error(parts, whole) <= EXACT
+
+
+def frozen_resnet(noise):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), noise(4), nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.ReLU(),
+        noise(5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2),
+    ).double()  # fmt: skip
+    nn.init.normal_(net[1].running_mean)
+    net[1].eval().requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("noise", [inside, outside])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_frozen_batch_norm_keeps_its_statistics(noise, compile):  # noqa: A002
+    net, x = frozen_resnet(noise), inputs(IMAGE)
+    before = copy.deepcopy(net.state_dict())
+    if noise is outside:
+        net = bmrs.attach_noise(net, bmrs.find_structures(net, x))
+    model, guide = model_of(net)
+    y = torch.arange(len(x)) % 2
+    settings = {**QUICK, "epochs": 2, "fine_tune_epochs": 1, "precision": "64-true", "compile": compile}
+    bmrs.fit(model, guide, (x, y), (x, y), **settings)
+    plain = model.net.net if noise is outside else net
+    moved = [name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert not any(name.startswith("1.") for name in moved)
+    assert "5.running_mean" in moved
+    assert bmrs.count_parameters(plain) == sum(parameter.numel() for parameter in plain.parameters())
+    random_posterior(guide)
+    assert check_exact(model, guide, x, inputs(IMAGE, 7, seed=5)) > 0
+
+
+@pytest.mark.parametrize("noise", [inside, outside])
+@pytest.mark.parametrize("case", ["noise on a sum", "two names", "encoder, dropout", "one channel", "small outputs"])
+def test_inside_autocast(case, noise):
+    net, x = make(case, noise)
+    net, x = net.float(), x.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if noise is outside:
+            net = bmrs.attach_noise(net, bmrs.find_structures(net, x))
+        model, guide = model_of(net)
+        structures = removable_structures(model.net, x)
+        cuts = [(masks, bmrs.compact(model, guide, masks, x, structures)) for masks in all_masks(model.sizes)]
+        counts = [bmrs.count_parameters(model.net, structures, masks) for masks, _ in cuts]
+        assert bmrs.predict(model, guide, x).dtype == torch.bfloat16
+    assert counts == [bmrs.count_parameters(cut) for _, cut in cuts]
+    new = inputs(CASES[case][1], 7, seed=5).float()
+    for masks, cut in cuts:
+        assert {parameter.dtype for parameter in cut.parameters()} == {torch.float32}
+        assert error(cut(new), bmrs.predict(model, guide, new, masks)) <= 1e-5
