@@ -415,7 +415,10 @@ class _Reading:
         found = []
         for key, labels, tensor in read.arguments:
             channels = squeeze(self.classes(labels))
-            if len(support(channels)) == 1 and torch.equal(channels.reshape(-1), self.slots[read.slot]):
+            if len(support(channels)) != 1:
+                continue
+            flat, slot = channels.reshape(-1), self.slots[read.slot]
+            if len(flat) == len(slot) and bool(((flat == slot) | (flat < 0)).all()):  # others are inputs, say
                 found.append((key, next(iter(support(channels))) - channels.dim(), tensor))
         return found
 
