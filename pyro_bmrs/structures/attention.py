@@ -15,7 +15,9 @@ class HeadwiseAttention(nn.MultiheadAttention):
     It calls ``out_proj`` as a module, so that hooks on it run, and never takes PyTorch's fast path, which skips
     submodules. With H heads left of ``head_dim`` D, ``in_proj_weight`` is of shape ``(3 * H * D, embed_dim)`` and
     ``out_proj.weight`` of shape ``(embed_dim, H * D)``. Arguments and returned values are those of the original, but
-    weights of attention are averaged over, and masks of three dimensions are for, the heads that are left.
+    weights of attention are averaged over, and masks of three dimensions are for, the heads that are left. A nested
+    tensor is taken where ``nn.TransformerEncoder`` makes one of a padding mask: in self-attention without masks or
+    weights.
 
     Example:
         >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -60,11 +62,23 @@ class HeadwiseAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:  # what PyTorch asks before it takes the fast path
-        return False
+        made = "in_proj_weight" in self._parameters  # the constructor asks too, and is to be told the truth
+        return not made and self.__dict__["_qkv_same_embed_dim"]
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
         self.__dict__["_qkv_same_embed_dim"] = value
+
+    def _reset_parameters(self) -> None:
+        kind, self.__class__ = type(self), nn.MultiheadAttention  # type: ignore[assignment]
+        try:
+            self._reset_parameters()
+        finally:
+            self.__class__ = kind
+
+    def extra_repr(self) -> str:
+        """Say how many heads there are, and how wide each is."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
 
     def forward(
         self,
@@ -77,11 +91,18 @@ class HeadwiseAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.is_nested:
-            raise ValueError("nested tensors are not supported; pad them and give a key_padding_mask")
+        if query.is_nested or key.is_nested or value.is_nested:
+            masked = key_padding_mask is not None or attn_mask is not None or is_causal
+            if not (query is key is value and self.batch_first) or masked or need_weights:
+                raise ValueError(
+                    "nested tensors are supported in self-attention with batch_first=True and need_weights=False, "
+                    "without masks; otherwise pad them and give a key_padding_mask"
+                )
+            return self._nested(query), None
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask, which has to be given too")
         batched = query.dim() == 3
+        self._check(query, key, value, attn_mask, key_padding_mask)
         q, k, v = self._project(query, key, value)
         if not batched:
             q, k, v = (each.unsqueeze(0) for each in (q, k, v))
@@ -100,6 +121,42 @@ class HeadwiseAttention(nn.MultiheadAttention):
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
+    def _nested(self, x: Tensor) -> Tensor:
+        """Attend within each sequence of a nested tensor, of shape ``(batch, lengths, embed_dim)``."""
+        lengths = [len(each) for each in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        padding = torch.arange(padded.shape[1]) >= torch.tensor(lengths)[:, None]
+        output = self.forward(padded, padded, padded, padding.to(x.device), need_weights=False)[0]
+        return torch.nested.as_nested_tensor([each[:n] for each, n in zip(output, lengths, strict=True)])
+
+    def _check(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> None:
+        """Raise ValueError where shapes or types would be taken for something else, or broadcast."""
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            dims = query.dim(), key.dim(), value.dim()
+            raise ValueError(f"query, key and value must all be of 2 or all of 3 dimensions, but got {dims}")
+        b, t = (0, 1) if self.batch_first else (1, 0)
+        batch = (query.shape[b],) if query.dim() == 3 else ()
+        queries, keys = (query.shape[t], key.shape[t]) if batch else (query.shape[0], key.shape[0])
+        if key.shape[:-1] != value.shape[:-1] or (batch and key.shape[b] != query.shape[b]):
+            shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+            raise ValueError(f"query, key and value are of shapes {shapes}, which do not fit each other")
+        if attn_mask is not None:
+            per_head = (batch[0] * self.num_heads if batch else self.num_heads, queries, keys)
+            if attn_mask.shape != (per_head[1:] if attn_mask.dim() == 2 else per_head):
+                raise ValueError(
+                    f"attn_mask must be of shape {per_head[1:]}, or {per_head} for {self.num_heads} heads, "
+                    f"but got {tuple(attn_mask.shape)}"
+                )
+        if key_padding_mask is not None and key_padding_mask.shape != (*batch, keys):
+            raise ValueError(
+                f"key_padding_mask must be of shape {(*batch, keys)}, but got {tuple(key_padding_mask.shape)}"
+            )
+        for mask in (attn_mask, key_padding_mask):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise ValueError(f"masks must be bool or floating point, but got {mask.dtype}")
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         weight: Any = self.in_proj_weight
         bias: Any = self.in_proj_bias
@@ -115,7 +172,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             mask = _additive(attn_mask, q.dtype)
             if mask.dim() == 3:
-                mask = mask.unflatten(0, (len(q), -1))
+                mask = mask.unflatten(0, (q.shape[0], -1))
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
             mask = padding if mask is None else mask + padding
@@ -125,8 +182,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
         """Add the learned key and value, and those of zeros, if the layer has them."""
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(len(k), -1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(len(v), -1, -1)], 1)
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], 1)
             extra += 1
         if self.add_zero_attn:
             k, v = (torch.cat([each, torch.zeros_like(each[:, :1])], 1) for each in (k, v))
