@@ -64,6 +64,9 @@ class AttachedNoise(Attachment):
     ) -> None:
         _check(net, structures)
         super().__init__(net, structures.with_noise())
+        unknown = [name for name in prior if name not in structures] if isinstance(prior, Mapping) else []
+        if unknown:
+            raise ValueError(f"prior names {unknown}, but the groups are {list(structures)}")
         self.noise = nn.ModuleDict()
         for name, each in structures.items():
             own = prior.get(name) if isinstance(prior, Mapping) else prior

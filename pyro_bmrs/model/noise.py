@@ -1,6 +1,7 @@
 """Noise on a structure is a Pyro sample site: the module that makes it, and the handler that gives it values."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,7 @@ class MultiplicativeNoise(NoisePoint):
             self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
         self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
         self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
+        self._waiting: list[weakref.ref[_Waiting]] = []
         self._held: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
 
     @property
@@ -159,11 +161,18 @@ class MultiplicativeNoise(NoisePoint):
     def hold(self, theta: Tensor, masked: bool = True) -> None:
         """Take the noise of the forward pass that begins, of shape ``(*leading, size)``, to be masked or as it is."""
         self._held["now"] = self._masked(theta) if masked else theta
+        if theta.requires_grad and torch.is_grad_enabled() and may_ask(theta, on_device=True) and _is_ordinary_pass():
+            waiting = _Waiting()
+            theta.register_hook(waiting)  # which lives as long as the graph does
+            self._waiting = [each for each in self._waiting if each() is not None]
+            self._waiting.append(weakref.ref(waiting))
 
     def release(self) -> None:
         """Hear that the forward pass has ended."""
         if "now" in self._held:
-            self._held["last"] = self._held.pop("now")
+            theta = self._held.pop("now")
+            if torch.is_grad_enabled():
+                self._held["last"] = theta
 
     def forget(self) -> None:
         """Drop the last pass's noise, and the graph behind it, whose parameters are about to change their sizes."""
@@ -173,10 +182,21 @@ class MultiplicativeNoise(NoisePoint):
         """Return what the forward pass that is running multiplies structures with, removed ones at 0, if that is known.
 
         While gradients are computed, where activation checkpointing runs a pass again, it is the noise of the last one.
+
+        Raises:
+            RuntimeError: If several passes wait for their gradients, so that it is not known which one runs again.
         """
         if "now" in self._held:
             return self._held["now"]
-        return self._held.get("last") if _in_backward() else None
+        if not _in_backward():
+            return None
+        waiting = [each for reference in self._waiting if (each := reference()) is not None and not each.done]
+        if len(waiting) > 1:
+            raise RuntimeError(
+                f"activation checkpointing runs a forward pass with the noise of {self.site!r} again, but "
+                f"{len(waiting)} passes wait for their gradients: call backward after each of them (num_particles=1)"
+            )
+        return self._held.get("last")
 
     def factors(self) -> Tensor | None:
         """Return what is held, or where nothing is the mask alone, of shape ``(size,)``; None where nothing changes."""
@@ -214,7 +234,13 @@ class MultiplicativeNoise(NoisePoint):
             return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_declared": None, "_held": {}}  # a copy counts the versions of its tensors anew
+        return {
+            **self.__dict__,
+            "_declared": None,
+            "_held": {},
+            "_waiting": [],
+            "_watchers": [],
+        }  # a copy counts the versions of its tensors anew
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
         self._declared = None  # its tensors are about to move
@@ -226,6 +252,11 @@ class MultiplicativeNoise(NoisePoint):
 
     def extra_repr(self) -> str:
         return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
+
+
+def _is_ordinary_pass() -> bool:
+    """Return whether this forward pass is not mapped over replicas."""
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _in_backward() -> bool:
@@ -243,6 +274,16 @@ def _as_many(factors: Tensor, shape: list[int]) -> Tensor:
     count = math.prod(shape)
     repeats = -(-count // len(factors))
     return factors.repeat(repeats, 1)[:count].reshape(*shape, factors.shape[-1])
+
+
+class _Waiting:
+    """Hears when the gradient of a pass's noise has been computed: nothing of that pass can run again then."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.done = True
 
 
 class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)

@@ -77,7 +77,9 @@ class HeadwiseAttention(nn.MultiheadAttention):
             self.__class__ = kind
 
     def extra_repr(self) -> str:
-        """Say how many heads there are, and how wide each is."""
+        """Say how many heads are left, and how wide each is."""
+        if self.is_whole:
+            return ""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
 
     def forward(

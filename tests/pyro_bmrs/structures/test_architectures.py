@@ -13,7 +13,7 @@ from pyro_bmrs.structures.inputs import call, random_like
 
 # What has nothing to remove: every channel is averaged over, returned, rewritten, or read by a weight that is computed.
 NOTHING = {
-    "shufflenet_v1", "convnext_v2", "hf_convnext_v2", "spectral_norm", "tied_layers", "temporal", "gated_recurrence",
+    "shufflenet_v1", "convnext_v2", "hf_convnext_v2", "spectral_norm", "tied_layers", "temporal",
     "gmlp",
 }  # fmt: skip
 
