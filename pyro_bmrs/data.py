@@ -49,7 +49,7 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
     device = next(model.parameters()).device
     with evaluating(model):
         means = {site: torch.ones(size, device=device) for site, size in model.sizes.items()}
-        output = model.run(to_input(x[:1].to(device)), means)
+        output = model.run(to_input(x[:1].to(device), model.net), means)
     y = y.to(device)
     if isinstance(output, Tensor):
         observed = model.likelihood(output.expand(len(y), *output.shape[1:]))

@@ -132,7 +132,7 @@ def fit_ensemble(
         held_out = None if held_out is None else (held_out[0].to(target), held_out[1].to(target))
         models, guides = zip(*pairs, strict=True)
         trainer = ReplicaTrainer(models, guides, seeds, MeanFieldELBO(granularity), (x, y), batch_size, rates)
-        first = (to_input(x[:batch_size].to(target)), y[:batch_size].to(target))
+        first = (to_input(x[:batch_size].to(target), models[0].net), y[:batch_size].to(target))
         structures = removable_structures(models[0].net, first[0][:2], None, unremovable)  # of replicas alike
         with ExitStack() as open_callbacks:
             fits = []

@@ -173,7 +173,7 @@ class ReplicaTrainer:
         return tensor[index.to(tensor.device)].to(self.device, non_blocking=True)
 
     def _inputs(self, index: Tensor) -> Tensor:
-        return to_input(self._fetch(self.data[0], index))
+        return to_input(self._fetch(self.data[0], index), self.models[0].net)
 
     def _finite_sum(self, losses: Tensor) -> Tensor:
         """Return the sum of the last losses, of shape ``(steps, K)``, over the steps."""

@@ -190,7 +190,7 @@ def fit(
         if held_out is not None:
             check_observations(model, *held_out, "validation")
             held_out = (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
-        first = (to_input(x[:batch_size].to(fabric.device)), y[:batch_size].to(fabric.device))
+        first = (to_input(x[:batch_size].to(fabric.device), model.net), y[:batch_size].to(fabric.device))
         known = removable_structures(model.net, first[0][:2], structures, unremovable)
         pruner = Pruner(model, guide, criterion, first, known)
         history = History(model, guide, pruner, held_out)

@@ -146,7 +146,7 @@ class Trainer:
         """Return this process's share of a batch, on its device."""
         mine = batch.tensor_split(self.fabric.world_size)[self.fabric.global_rank]
         x, y = (part[mine.to(part.device)].to(self.fabric.device, non_blocking=True) for part in self.data)
-        return to_input(x), y
+        return to_input(x, self.model.net), y
 
     def _share(self, batch: Tensor) -> float:
         """Return the size of this process's part of a batch over the mean part, so that their losses average right."""

@@ -44,7 +44,7 @@ def predict(
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     with evaluating(model), torch.no_grad():
         outputs = [
-            model.run(tree_map(to_input, batch), values, masked=False)
+            model.run(tree_map(lambda each: to_input(each, model.net), batch), values, masked=False)
             for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size)
         ]
     return concatenated(outputs)

@@ -52,11 +52,13 @@ def batches(inputs: Inputs, size: int) -> Iterator[Inputs]:
         )
 
 
-def to_input(x: Any) -> Any:
-    """Return what the network takes: bytes (images) become numbers in [0, 1], anything else stays as it is."""
-    if isinstance(x, Tensor) and x.dtype == torch.uint8:
-        return x.to(torch.get_default_dtype()).div_(255)
-    return x
+def to_input(x: Any, net: nn.Module | None = None) -> Any:
+    """Return what a network takes: bytes (images) become numbers in [0, 1] of its dtype; all else stays as it is."""
+    if not (isinstance(x, Tensor) and x.dtype == torch.uint8):
+        return x
+    parameters = () if net is None else net.parameters()
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+    return x.to(dtype).div_(255)
 
 
 def output_tensors(output: Any) -> list[Tensor]:

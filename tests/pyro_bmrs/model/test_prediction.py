@@ -95,3 +95,13 @@ def test_networks_may_return_what_they_like(name):
     torch.testing.assert_close(whole, parts)
     small = bmrs.compact(model, guide, result.masks, x[:2])
     torch.testing.assert_close(unpack(small(x)), whole)
+
+
+def test_bytes_become_numbers_of_the_networks_own_dtype():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x, y = torch.randint(256, (20, 2, 2), dtype=torch.uint8), torch.randint(2, (20,))
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x[:2])))
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    bmrs.fit(model, guide, (x, y), epochs=1, fine_tune_epochs=1, batch_size=10, progress=False, seed=0)
+    assert bmrs.predict(model, guide, x).dtype == torch.float64
