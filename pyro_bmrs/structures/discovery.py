@@ -78,6 +78,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
         example_inputs: See ``find_structures``.
         outputs: See ``find_structures``.
     """
+    _check_shapes(net)
     net = copied(net).eval()
     example_inputs = to_network(example_inputs, net)
     for module in [module for module in net.modules() if type(module) is nn.MultiheadAttention]:
@@ -97,6 +98,11 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
             result = _run(net, example_inputs)
         batches = _batch_dims(tracer, net, example_inputs)
     returned = output_tensors(result)
+    if not returned:
+        raise ValueError(
+            f"the network returns a {type(result).__name__} without tensors in it, so that nothing can be compared; "
+            "have it return tensors, in tuples, dictionaries or dataclasses"
+        )
     tracer.use(returned)
     for tensor in returned:
         for labels in tracer.of(tensor):
@@ -152,6 +158,12 @@ class _StandIn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert self.tracer is not None
         return self.tracer.boundary(self.site, x, self.dim) if self.tracer.watching else x
+
+
+def _check_shapes(net: nn.Module) -> None:
+    for name, parameter in net.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} has no shape yet: run the network on an example once")
 
 
 def _check_names(outputs: Sequence[str], names: Iterable[str]) -> None:

@@ -62,9 +62,9 @@ def to_input(x: Any, net: nn.Module | None = None) -> Any:
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a network's output: a tensor, or any nesting of sequences and mappings."""
+    """Return the tensors in a network's output: a tensor, or any nesting of sequences, mappings and dataclasses."""
     if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() or output.is_complex() else []
+        return [output]
     if isinstance(output, Mapping):
         return [tensor for value in output.values() for tensor in output_tensors(value)]
     if isinstance(output, tuple | list):

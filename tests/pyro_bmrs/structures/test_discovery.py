@@ -178,3 +178,19 @@ def test_every_operation_has_a_rule_that_takes_it_or_is_named(name, monkeypatch)
     net, x = make(name)
     bmrs.find_structures(net, x, trial=False)
     assert not [what for what, _ in seen[0].unknown if ": " in what]  # an error inside a rule
+
+
+def test_outputs_that_are_no_numbers_are_compared_too():
+    class Classes(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.layers, self.wrap = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4)), wrap
+
+        def forward(self, x):
+            return self.wrap(self.layers(x).argmax(-1))
+
+    assert list(bmrs.find_structures(Classes(lambda each: each), torch.randn(4, 3))) == ["layers.0"]
+    with pytest.raises(ValueError, match="returns a str without tensors in it"):
+        bmrs.find_structures(Classes(str), torch.randn(4, 3))
+    with pytest.raises(ValueError, match="parameter 'weight' has no shape yet"):
+        bmrs.find_structures(nn.LazyLinear(3), torch.randn(4, 3))

@@ -421,3 +421,24 @@ def test_on_a_gpu():
         expected = bmrs.predict(model, guide, x)
         bmrs.shrink(model, guide, optimizer, x)
         torch.testing.assert_close(bmrs.predict(model, guide, x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_only_run_in_training_are_not_cut_behind_its_back():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.other = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            return self.b(h) + self.other(h) if self.training else self.b(h)
+
+    net, x = Auxiliary(), torch.randn(6, 4)
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x)), num_data=10)
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()])
+    model.noise["a.theta"].remove(torch.tensor([True, False, False, True, False]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="uses layers in train mode that it does not use in eval mode"):
+        bmrs.shrink(model, guide, optimizer, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
