@@ -18,6 +18,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.structures.equality import difference
 from pyro_bmrs.structures.inputs import call, random_like
 from pyro_bmrs.structures.refusal import removable_structures
+from pyro_bmrs.structures.trial import Bench
 
 TOLERANCE = 1e-9
 
@@ -59,9 +60,10 @@ def masks_of(model, trial, generator):
 def compare(model, guide, structures, masks, x, new):
     """Compact once; raise unless outputs and costs are those of the masked network, and return what was removed."""
     small = bmrs.compact(model, guide, masks, x, structures)
+    bench = Bench(small, [new], 1e-4 if structures.record.low_precision else TOLERANCE)
     with torch.no_grad():
-        off = difference(call(small, new), bmrs.predict(model, guide, new, masks))
-    if not off <= (1e-4 if structures.record.low_precision else TOLERANCE):
+        off = bench.error(bmrs.predict(model, guide, new, masks), call(small, new), small, 0)
+    if off is not None:
         raise FoundError("wrong", f"off by {off:.1e}")
     counts = bmrs.count_parameters(model.net, structures, masks), bmrs.count_parameters(small)
     flops = bmrs.count_flops(model.net, x, structures, masks), bmrs.count_flops(small, x)

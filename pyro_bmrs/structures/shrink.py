@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.structures.copying import copied, undisturbed
-from pyro_bmrs.structures.equality import difference
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.points import Attachment, noise_points
 from pyro_bmrs.structures.record import StructureSet
@@ -112,20 +111,20 @@ def _try_on_copy(net: nn.Module, structures: StructureSet, dead: Tensor, example
     bench = Bench.of(copy, example_input, structures.record.low_precision, trials=1, randomise=False)
     record, copy = structures.record, bench.net
     with undisturbed(copy):
-        expected = bench.run(copy, 0)
+        expected, masked = bench.run(copy, 0), copied(copy)
         runs_in_training = _runs_in_training(bench, copy)
         cut_tensors(copy.net if isinstance(copy, Attachment) else copy, record, dead)
         for name, point in noise_points(copy).items():
             point.select((~record.removed_structures(record.sites[name], dead)).nonzero().squeeze(1))
         if isinstance(copy, Attachment):
             copy.follow(structures.without(dead))
-        off = difference(bench.run(copy, 0), expected)
+        off = bench.error(bench.run(copy, 0), expected, masked, 0)
         if runs_in_training and not _runs_in_training(bench, copy):
             raise RuntimeError(
                 "the network uses layers in train mode that it does not use in eval mode, where its structures were "
                 "found, and cannot be shrunk while it trains; leave shrink out, and compact it in the end"
             )
-    if not off <= bench.tolerance:
+    if off is not None:
         raise RuntimeError(
             f"the smaller network differs from the masked one by {off:.2g} of its outputs' spread: its structures were "
             "misread; please report the architecture"

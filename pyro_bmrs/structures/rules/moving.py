@@ -158,6 +158,9 @@ def _concatenate(tracer: Tracer, call: Call) -> None:
         Operand([each for each in o.labels if dim not in support(each)], _without(o.shape, dim)) for o in operands
     ]
     results = tracer.combine(others, f"{tracer.place()} puts it beside something that cannot shrink alike")
+    if any(tracer.is_parameter(each) for each in pieces):  # parts that no noise makes zero
+        tracer.written.extend(results)
+    tracer.written.extend(labels for each in pieces if tracer.is_parameter(each) for labels in tracer.of(each))
     if along and call.name != "stack":
         results.append(_joined_along(tracer, operands, dim, y))
     tracer.set(y, results)
