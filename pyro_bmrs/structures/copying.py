@@ -47,4 +47,6 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(no_fast_path())
+        if any(type(module).__name__ == "OptimizedModule" for module in net.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

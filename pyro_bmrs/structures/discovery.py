@@ -25,6 +25,7 @@ _SHRINKABLE = {
     "Linear", "NonDynamicallyQuantizableLinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
     "ConvTranspose3d", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "LayerNorm", "RMSNorm",
     "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "Embedding", "MultiheadAttention", "PReLU",
+    "ParameterList", "ParameterDict",
 }  # fmt: skip
 _READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -78,7 +79,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
         example_inputs: See ``find_structures``.
         outputs: See ``find_structures``.
     """
-    _check_shapes(net)
+    _check_modules(net)
     net = copied(net).eval()
     example_inputs = to_network(example_inputs, net)
     for module in [module for module in net.modules() if type(module) is nn.MultiheadAttention]:
@@ -160,7 +161,10 @@ class _StandIn(nn.Module):
         return self.tracer.boundary(self.site, x, self.dim) if self.tracer.watching else x
 
 
-def _check_shapes(net: nn.Module) -> None:
+def _check_modules(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{name or 'the network'!r} is a ScriptModule; give the module that it was made from")
     for name, parameter in net.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run the network on an example once")
@@ -313,6 +317,7 @@ class _Reading:
             work=tuple(Product(work.constant, tuple(map(classes, work.axes))) for work in tracer.work),
             shared=frozenset(shared),
             low_precision=tracer.low_precision,
+            pairs=classes.marked(tracer.pairs) if tracer.pairs else None,
         )
 
     def _site(self, name: str, before: Tensor, after: Tensor) -> Site:

@@ -148,6 +148,7 @@ class Record:
         work: Floating-point operations of a forward pass over the example.
         shared: Slots along which a parameter is read that has other uses too.
         low_precision: Whether the network computes anything in less precision than its own.
+        pairs: Classes of which a dimension keeps two, bool of shape ``(count,)``; of all others it keeps one.
     """
 
     count: int
@@ -164,6 +165,7 @@ class Record:
     work: tuple[Product, ...] = ()
     shared: frozenset[Slot] = frozenset()
     low_precision: bool = False
+    pairs: Tensor | None = None
 
     def nothing(self) -> Tensor:
         """Return no class, as bool of shape ``(count,)``."""
@@ -209,8 +211,11 @@ class Record:
         while True:
             before = dead.clone()
             for axis in self.slots.values():
-                if len(axis) and bool(_at(dead, axis).all()):
-                    dead[axis[0]] = False
+                gone = _at(dead, axis)
+                least = 2 if self.pairs is not None and bool(_at(self.pairs, axis).any()) else 1
+                short = least - int((~gone).sum())
+                if short > 0 and bool(gone.any()):
+                    dead[axis[gone].unique_consecutive()[:short]] = False
             for name, site in self.sites.items() if masks is not None else ():
                 assert masks is not None
                 gone = self.removed_structures(site, dead) & ~masks[name]
@@ -326,6 +331,7 @@ class Record:
             fixed=self.fixed[~dead],
             written=self.written[~dead],
             read=self.read[~dead],
+            pairs=None if self.pairs is None else self.pairs[~dead],
             sites=sites,
             heads={module: left(classes) for module, classes in self.heads.items()},
             counted={module: left(axis) for module, axis in self.counted.items()},

@@ -95,6 +95,7 @@ class Tracer(TorchDispatchMode):
         heads: Labels of attention heads, with the module that computes the attention.
         checks: Operations that count positions.
         sums: Labels of channels that are sums of what several layers make.
+        pairs: Labels of channels of which two must stay.
         counted: Labels of the channels of a normalisation without tensors of its own, with the module's name.
         points: For each noise site the labels of what it multiplies, and of the products.
         point_dims: The dimension along which each site multiplies, counted from the end.
@@ -117,6 +118,7 @@ class Tracer(TorchDispatchMode):
         self.heads: list[tuple[Tensor, str]] = []
         self.sums: list[Tensor] = []
         self.checks: list[Block | Cuts] = []
+        self.pairs: list[Tensor] = []
         self.counted: list[tuple[Tensor, str]] = []
         self.points: dict[str, tuple[Tensor, Tensor]] = {}
         self.point_dims: dict[str, int] = {}

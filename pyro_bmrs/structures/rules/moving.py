@@ -28,6 +28,8 @@ def _same(tracer: Tracer, call: Call) -> None:
        "squeeze", "unsqueeze")  # fmt: skip
 def _reshape(tracer: Tracer, call: Call) -> None:
     x, y = call.args[0], call.outputs[0]
+    if call.name == "squeeze" and len(call.args) == 1:  # which would take a last channel's dimension too
+        tracer.pairs.extend(tracer.of(x))
     tracer.set(y, [each.expand(x.shape).reshape(y.shape) for each in tracer.of(x)])
     tracer.moved(x, [y])
     reason = f"{tracer.place()} reshapes it in a way that its removal would break"

@@ -102,6 +102,15 @@ def _pool(tracer: Tracer, call: Call) -> None:
         tracer.set(y, out)
 
 
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def _sample_grid(tracer: Tracer, call: Call) -> None:
+    x, grid = call.args[:2]
+    for labels in tracer.of(grid):
+        tracer.labels.freeze(labels, f"{tracer.place()} samples positions by it")
+    out = [tracer.mix(each, set(range(2, x.dim())), "sampling") for each in tracer.of(x)]
+    tracer.set(call.outputs[0], out)
+
+
 @rule("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "logsumexp", "argmax",
        "argmin", "any", "all", "prod", "linalg_vector_norm", "norm", "median", "nansum", "count_nonzero")  # fmt: skip
 def _reduce(tracer: Tracer, call: Call) -> None:

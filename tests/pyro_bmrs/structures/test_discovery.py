@@ -194,3 +194,58 @@ def test_outputs_that_are_no_numbers_are_compared_too():
         bmrs.find_structures(Classes(str), torch.randn(4, 3))
     with pytest.raises(ValueError, match="parameter 'weight' has no shape yet"):
         bmrs.find_structures(nn.LazyLinear(3), torch.randn(4, 3))
+
+
+class Squeezed(nn.Module):
+    """Takes away dimensions of extent 1, whichever they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.pool(self.conv(x)).squeeze())
+
+
+class Listed(nn.Module):
+    """Keeps a layer where nobody converts its dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.hidden = nn.Linear(3, 8), nn.Linear(8, 2), [nn.Linear(3, 2)]
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()) + self.hidden[0](x)
+
+
+class Logarithm(nn.Module):
+    """Is not finite where inputs are negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x.log()).relu())
+
+
+@pytest.mark.parametrize("make", [Squeezed, Listed, Logarithm])
+def test_networks_with_quirks(make):
+    torch.manual_seed(0)
+    net = make()
+    x = torch.rand(4, 3, 6, 6) if make is Squeezed else torch.rand(4, 3)
+    structures = bmrs.find_structures(net, x)
+    assert [each.size for each in structures.values()] == [8]
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, structures))
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-0.3)
+    for keep in (torch.arange(8) < 3, torch.zeros(8, dtype=torch.bool)):
+        masks = dict.fromkeys(model.sizes, keep)
+        small = bmrs.compact(model, guide, masks, x)
+        torch.testing.assert_close(small(x), bmrs.predict(model, guide, x, masks))
+        assert bmrs.count_parameters(net, structures, masks) == bmrs.count_parameters(small)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_script_modules_are_refused():
+    with pytest.raises(ValueError, match="is a ScriptModule; give the module that it was made from"):
+        bmrs.find_structures(torch.jit.trace(nn.Linear(3, 2), torch.randn(2, 3)), torch.randn(2, 3))
