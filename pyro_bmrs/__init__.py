@@ -61,8 +61,8 @@ from pyro_bmrs.structures.cost import (
 )
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
-from pyro_bmrs.structures.record import Structure, StructureSet
 from pyro_bmrs.structures.shrink import shrink
+from pyro_bmrs.structures.structure_set import Structure, StructureSet
 from pyro_bmrs.svi import FitResult, fit
 
 __version__ = "0.1.0"

@@ -20,7 +20,8 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.structures.points import Attachment
-from pyro_bmrs.structures.record import Record, StructureSet, positions
+from pyro_bmrs.structures.record import Record, positions
+from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = [
     "BMRS_N",

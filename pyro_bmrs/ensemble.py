@@ -90,7 +90,7 @@ def fit_ensemble(
         kl_warmup_epochs: Likewise.
         granularity: Likewise.
         device: Likewise.
-        unremovable: Likewise.
+        unremovable: As for ``fit``.
         progress: Whether to show a progress bar, with means over the replicas.
         callbacks: From a seed to what is told of its replica.
 

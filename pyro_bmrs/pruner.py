@@ -14,8 +14,8 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.schedule import PostTraining
 from pyro_bmrs.structures.compact import structures_of
-from pyro_bmrs.structures.record import StructureSet
 from pyro_bmrs.structures.shrink import shrink_known
+from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["Pruner"]
 

@@ -29,8 +29,8 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.pruner import Pruner
 from pyro_bmrs.schedule import Continuous, PostTraining, Rates, check_numbers
 from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.structures.record import StructureSet
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
+from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.training import Trainer
 
 __all__ = ["FitResult", "fit"]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.points import Attachment
-from pyro_bmrs.structures.record import Argument, Site, StructureSet
+from pyro_bmrs.structures.record import Argument, Site
 from pyro_bmrs.structures.removal import adopt_attention, changed_arguments, drop_hooks, reader_inputs
+from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["AttachedNoise", "attach_noise"]
 

@@ -10,8 +10,9 @@ from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.masks import check_masks
 from pyro_bmrs.structures.points import Attachment
-from pyro_bmrs.structures.record import Record, StructureSet
+from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
+from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.structures.trial import Bench
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import Inputs, call, to_network
-from pyro_bmrs.structures.record import Record, StructureSet
+from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
+from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = [
     "cost_kl_weights",
@@ -74,7 +75,7 @@ def count_flops(
 def cost_log_odds(
     net: nn.Module, example_input: Inputs, mean: float, cost: Literal["parameters", "flops"] = "parameters"
 ) -> dict[str, Tensor]:
-    """Return prior log-odds of absence proportional to what each structure costs: dear ones have more to prove.
+    """Return prior log-odds of absence proportional to what each structure costs: expensive ones have more to prove.
 
     Args:
         net: Network with noise layers.
@@ -103,10 +104,10 @@ def cost_kl_weights(
 ) -> dict[str, float]:
     """Return a weight of each site's KL proportional to what one of its structures costs, on average over the site.
 
-    With one weight for all sites narrow layers of cheap structures are worn down as fast as wide layers of dear ones,
-    which loses accuracy and saves little. Scaling a KL is stating its price: so many nats a parameter. What a structure
-    costs falls with the number of its neighbours: an input of a layer with 500 units is dear, and cheap once 10 are
-    left. So state prices at the size that you are after, that of an earlier fit for instance.
+    With one weight for all sites, narrow layers of cheap structures lose as many of them as wide layers of expensive
+    ones, which costs accuracy and saves little. A KL that is scaled by a price, nats per parameter, does not do so.
+    What a structure costs falls with the number of its neighbours: an input of a layer with 500 units is expensive,
+    and cheap once 10 are left. So give prices at the size that you want to reach, that of an earlier fit for instance.
 
     Args:
         net: Network with noise layers.

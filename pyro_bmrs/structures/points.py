@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from pyro_bmrs.structures.record import StructureSet
+    from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["Attachment", "NoisePoint", "noise_points", "replace_everywhere"]
 

@@ -7,8 +7,7 @@ structures reads this record and nothing else.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,10 @@ from torch import Tensor
 from pyro_bmrs.structures.folding import Maker
 from pyro_bmrs.structures.labels import FIXED
 
-__all__ = ["Kind", "Product", "Reader", "Record", "Site", "Slot", "Structure", "StructureSet"]
+if TYPE_CHECKING:
+    from pyro_bmrs.structures.structure_set import Structure
+
+__all__ = ["Argument", "Product", "Reader", "Record", "Site", "Slot", "positions", "renumbered"]
 
 Slot = tuple[str, int]
 """A dimension of a parameter or buffer: its qualified name, and the dimension."""
@@ -34,9 +36,6 @@ class Argument(NamedTuple):
     key: int | str
     dim: int
     batch: int | None
-
-
-Kind = Literal["channel", "head", "width", "output"]
 
 
 @dataclass(frozen=True)
@@ -248,16 +247,16 @@ class Record:
         """Return the number of parameters once classes are gone."""
         return int(sum(each.total(dead) for each in self.parameter_products()))
 
-    def count_flops(self, dead: Tensor) -> int:
-        """Return the floating-point operations of a forward pass over the example once classes are gone."""
-        return round(sum(each.total(dead) for each in self.work))
-
     def savings(self, cost: Literal["parameters", "flops"], dead: Tensor) -> Tensor:
         """Return what each class costs, of shape ``(count,)``: what its removal alone would save."""
         savings = torch.zeros(self.count, dtype=torch.float64)
         for each in self.parameter_products() if cost == "parameters" else self.work:
             each.add_savings(savings, dead)
         return savings
+
+    def costs(self) -> tuple[Tensor, Tensor]:
+        """Return what each class costs in parameters and in floating-point operations, of shape ``(count,)`` each."""
+        return self.savings("parameters", self.nothing()), self.savings("flops", self.nothing())
 
     def structure_costs(self, cost: Literal["parameters", "flops"], dead: Tensor) -> dict[str, Tensor]:
         """Return for each site what each structure costs, of shape ``(size,)``."""
@@ -314,7 +313,7 @@ class Record:
 
     def without(self, dead: Tensor) -> "Record":
         """Return the record of the network that has lost these classes, noise still in place."""
-        new = torch.where(dead, FIXED, (~dead).cumsum(0) - 1)
+        new = renumbered(dead)
 
         def left(axis: Tensor) -> Tensor:
             axis = axis[~_at(dead, axis)]
@@ -339,57 +338,6 @@ class Record:
         )
 
 
-@dataclass(frozen=True)
-class Structure:
-    """A group of structures: channels, heads or the like that lie on the same tensors.
-
-    Attributes:
-        name: Name of the layer that makes them.
-        kind: ``"channel"``, ``"head"``, ``"width"`` (of a stream that several layers add to, such as a residual one) or
-            ``"output"`` (of a module that was named).
-        classes: Each structure's class in the record, of shape ``(size,)``.
-        members: For every dimension of every tensor that they lie on, the structure that each position belongs to, -1
-            for none.
-        readers: The layers that read them.
-        norms: Names of the normalisations on the way.
-        parameters: How many parameters each of them costs, of shape ``(size,)``.
-        flops: How many floating-point operations of a forward pass over the example.
-    """
-
-    name: str
-    kind: Kind
-    classes: Tensor
-    members: dict[Slot, Tensor]
-    readers: tuple[Reader, ...]
-    norms: tuple[str, ...]
-    parameters: Tensor
-    flops: Tensor
-
-    @property
-    def size(self) -> int:
-        """Number of structures."""
-        return len(self.classes)
-
-    @classmethod
-    def of(
-        cls,
-        record: Record,
-        name: str,
-        kind: Kind,
-        classes: Tensor,
-        readers: tuple[Reader, ...],
-        norms: tuple[str, ...],
-        costs: tuple[Tensor, Tensor] | None = None,
-    ) -> "Structure":
-        """Return the group of these classes of a record."""
-        if costs is None:
-            nothing = record.nothing()
-            costs = record.savings("parameters", nothing), record.savings("flops", nothing)
-        members = {slot: positions(classes, axis) for slot, axis in record.slots.items()}
-        members = {slot: index for slot, index in members.items() if bool((index >= 0).any())}
-        return cls(name, kind, classes, members, readers, norms, costs[0][classes], costs[1][classes])
-
-
 def positions(classes: Tensor, axis: Tensor) -> Tensor:
     """Return, for each position of an axis, where its class stands among ``classes``, ``FIXED`` for nowhere."""
     ordered, order = classes.sort()
@@ -397,98 +345,6 @@ def positions(classes: Tensor, axis: Tensor) -> Tensor:
     return torch.where(ordered[at] == axis, order[at], FIXED)
 
 
-class StructureSet(Mapping[str, Structure]):
-    """What can be removed from a network, by name.
-
-    Args:
-        structures: Groups of structures by name.
-        refused: Why other groups cannot be removed, by name.
-        record: The network's record, with the sites of its noise layers.
-        proved: Whether their removal has been tried.
-
-    Attributes:
-        refused: As given, and so are ``record`` and ``proved``.
-    """
-
-    def __init__(
-        self, structures: Mapping[str, Structure], refused: Mapping[str, str], record: Record, proved: bool = False
-    ) -> None:
-        self._structures = dict(structures)
-        self.refused, self.record, self.proved = dict(refused), record, proved
-
-    def __getitem__(self, name: str) -> Structure:
-        if name not in self._structures:
-            why = f": {self.refused[name]}" if name in self.refused else f"; there are {list(self._structures)}"
-            raise KeyError(f"there are no structures called {name!r} to remove{why}")
-        return self._structures[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._structures)
-
-    def __len__(self) -> int:
-        return len(self._structures)
-
-    def select(
-        self, kinds: Kind | tuple[Kind, ...] | None = None, names: str | tuple[str, ...] = "*"
-    ) -> "StructureSet":
-        """Return the groups of some kinds whose names match a pattern, such as ``"encoder.*"``.
-
-        Raises:
-            ValueError: If nothing is left.
-        """
-        kinds = (kinds,) if isinstance(kinds, str) else kinds
-        patterns = (names,) if isinstance(names, str) else tuple(names)
-        chosen = {
-            name: each
-            for name, each in self._structures.items()
-            if (kinds is None or each.kind in kinds) and any(fnmatchcase(name, pattern) for pattern in patterns)
-        }
-        if not chosen:
-            raise ValueError(f"no structures of kinds {kinds} match {names!r}; there are {list(self._structures)}")
-        return StructureSet(chosen, self.refused, self.record, self.proved)
-
-    def with_noise(self, sites: Collection[str] | None = None) -> "StructureSet":
-        """Return the set with a site in the record for each of its groups, or for those whose sites are named.
-
-        Sites of noise layers inside the network are there anyway.
-        """
-        chosen = {name: each for name, each in self.items() if sites is None or f"{name}.theta" in sites}
-        placed = [name for name, site in self.record.sites.items() if site.module is None]
-        return StructureSet(chosen, self.refused, self.record.restricted(chosen, placed), self.proved)
-
-    def without(self, dead: Tensor) -> "StructureSet":
-        """Return what is left once classes are gone, noise still in place."""
-        record = self.record.without(dead)
-        new = torch.where(dead, FIXED, (~dead).cumsum(0) - 1)
-        left = {}
-        for name, each in self.items():
-            site = record.sites.get(f"{name}.theta")
-            classes = new[each.classes[~dead[each.classes]]] if site is None else site.before
-            left[name] = Structure.of(record, name, each.kind, classes, each.readers, each.norms)
-        return StructureSet(left, self.refused, record, self.proved)
-
-    def __repr__(self) -> str:
-        return f"StructureSet({len(self)} groups, {sum(each.size for each in self.values())} structures)"
-
-    def __str__(self) -> str:
-        rows = [("structures", "kind", "size", "parameters each", "MFLOPs each", "read by")]
-        for name, each in self.items():
-            readers = ", ".join(dict.fromkeys(reader.module for reader in each.readers))
-            flops = f"{float(each.flops.mean()) / 1e6:,.3f}"
-            parameters = f"{float(each.parameters.mean()):,.0f}"
-            rows.append((name, each.kind, str(each.size), parameters, flops, _shortened(readers, 60)))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [_aligned(row, widths) for row in rows]
-        refused = [f"  {name}: {why}" for name, why in self.refused.items()]
-        return "\n".join([*lines, *(["refused:"] if refused else []), *refused])
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """Return a row of the table: words to the left, numbers to the right."""
-    words = {0, 1, 5}
-    cells = zip(row, widths, strict=True)
-    return "  ".join(cell.ljust(w) if i in words else cell.rjust(w) for i, (cell, w) in enumerate(cells)).rstrip()
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+def renumbered(dead: Tensor) -> Tensor:
+    """Return the number of each class once others are gone, ``FIXED`` for those, of shape ``(count,)``."""
+    return torch.where(dead, FIXED, (~dead).cumsum(0) - 1)

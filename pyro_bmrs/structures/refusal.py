@@ -8,7 +8,7 @@ from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.points import noise_points, replace_everywhere
-from pyro_bmrs.structures.record import StructureSet
+from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.structures.trial import Bench, proved
 
 __all__ = ["Unremovable", "removable_structures"]

@@ -11,8 +11,8 @@ from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.points import Attachment, noise_points
-from pyro_bmrs.structures.record import StructureSet
 from pyro_bmrs.structures.removal import cut_tensors, take
+from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.structures.trial import Bench
 
 if TYPE_CHECKING:

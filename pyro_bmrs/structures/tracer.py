@@ -334,10 +334,9 @@ class Tracer(TorchDispatchMode):
         self.point_dims[site] = dim - x.dim()
         across = [each for each in self.of(x) if dim in support(each)]
         if across:
-            aligned = _narrow(across[0], ())
-            before = self.labels.tie(aligned, support(aligned) - {dim}, "") if support(aligned) != {dim} else aligned
-            assert before is not None
-            before = before.reshape(-1)
+            along = self.labels.tie(across[0], support(across[0]) - {dim}, "")
+            assert along is not None  # dim is left
+            before = along.reshape(-1)
         else:
             before = torch.full((x.shape[dim],), FIXED)
         fixed = before < 0

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.equality import difference
 from pyro_bmrs.structures.inputs import Inputs, call, output_tensors, random_like, to_network
-from pyro_bmrs.structures.record import Record, StructureSet
+from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
+from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["Bench", "proved", "randomise_trivial"]
 
