@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from pyro_bmrs.callbacks import Callback
-from pyro_bmrs.checkpoint import State, read_checkpoint, write_checkpoint
+from pyro_bmrs.svi.callbacks import Callback
+from pyro_bmrs.svi.checkpoint import State, read_checkpoint, write_checkpoint
 
 __all__ = ["BestEpoch"]
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyro_bmrs.io import AtomicFile
+from pyro_bmrs.io.files import AtomicFile
 
 __all__ = ["cache_folder", "cached"]
 

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_bmrs.callbacks import Callback, Callbacks, JSONLines
-from pyro_bmrs.checkpoint import State, optimizer_tensors, read_checkpoint, restore_optimizer, write_checkpoint
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.svi.callbacks import Callback, Callbacks, JSONLines
+from pyro_bmrs.svi.checkpoint import State, optimizer_tensors, read_checkpoint, restore_optimizer, write_checkpoint
 
 __all__ = ["accuracy", "outputs", "train_dense"]
 

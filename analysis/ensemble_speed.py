@@ -18,8 +18,8 @@ from torch import Tensor
 
 import pyro_bmrs as bmrs
 from models import lenet5, mlp
-from pyro_bmrs.devices import resolve_device
-from pyro_bmrs.io import write_json
+from pyro_bmrs.io.files import write_json
+from pyro_bmrs.svi.devices import resolve_device
 
 __all__ = ["EnsembleSpeed", "format_table", "main"]
 

@@ -14,8 +14,8 @@ from analysis.noisy_runs import execute_continuous, execute_post_training
 from analysis.peer_runs import execute_peer
 from analysis.run import compare, short_history
 from models import lenet5, lenet5_caffe, mlp
-from pyro_bmrs.devices import resolve_device
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.svi.devices import resolve_device
 
 __all__ = ["execute"]
 

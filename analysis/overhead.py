@@ -25,11 +25,11 @@ from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
 from models import lenet5, mlp, resnet
-from pyro_bmrs.captured import CapturedStep
-from pyro_bmrs.compiled import CompiledStep
-from pyro_bmrs.devices import keep_freed_memory, resolve_device
-from pyro_bmrs.io import write_json
-from pyro_bmrs.objective import NoisyObjective
+from pyro_bmrs.io.files import write_json
+from pyro_bmrs.svi.captured import CapturedStep
+from pyro_bmrs.svi.compiled import CompiledStep
+from pyro_bmrs.svi.devices import keep_freed_memory, resolve_device
+from pyro_bmrs.svi.objective import NoisyObjective
 
 __all__ = ["Overhead", "format_tables", "main"]
 

@@ -19,8 +19,8 @@ from analysis.data import digits
 from analysis.dense import accuracy, outputs, train_dense
 from analysis.run import draw_figures, evaluate, format_table, save_run
 from models import lenet5, mlp
-from pyro_bmrs.devices import resolve_device
-from pyro_bmrs.io import write_json
+from pyro_bmrs.io.files import write_json
+from pyro_bmrs.svi.devices import resolve_device
 
 __all__ = ["Quickstart", "main"]
 

@@ -15,7 +15,7 @@ from torch import nn
 import pyro_bmrs as bmrs
 from analysis.data import Split
 from analysis.dense import accuracy, outputs
-from pyro_bmrs.io import write_json
+from pyro_bmrs.io.files import write_json
 from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["compare", "draw_figures", "evaluate", "format_table", "save_run", "short_history"]

@@ -13,7 +13,7 @@ import tyro
 import pyro_bmrs as bmrs
 from analysis.data import load
 from models import lenet5
-from pyro_bmrs.io import write_json
+from pyro_bmrs.io.files import write_json
 
 __all__ = ["ShrinkSpeed", "main"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis.config import RunConfig
-from pyro_bmrs.io import write_json
+from pyro_bmrs.io.files import write_json
 
 __all__ = ["Store"]
 

@@ -22,7 +22,6 @@ from pyro_bmrs.bmr import (
     register_reduced_posterior,
     spike,
 )
-from pyro_bmrs.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
 from pyro_bmrs.criteria import (
     BMRS_N,
     BMRS_U,
@@ -35,11 +34,12 @@ from pyro_bmrs.criteria import (
     Random,
     WeightNorm,
 )
-from pyro_bmrs.diagnostics import evidence_changes, to_arviz
+from pyro_bmrs.criteria.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.elbo import MeanFieldELBO
-from pyro_bmrs.ensemble import Replica, fit_ensemble
-from pyro_bmrs.io import load, prepare_run_folder, save
+from pyro_bmrs.inspection.diagnostics import evidence_changes, to_arviz
+from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
+from pyro_bmrs.io.files import prepare_run_folder
+from pyro_bmrs.io.networks import load, save
 from pyro_bmrs.model.attach import AttachedNoise, attach_noise
 from pyro_bmrs.model.guides.beta import BetaGuide
 from pyro_bmrs.model.guides.flat import FlatGuide
@@ -47,9 +47,6 @@ from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.model.prediction import predict
-from pyro_bmrs.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
-from pyro_bmrs.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
-from pyro_bmrs.schedule import Continuous, PostTraining
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.compact import compact
 from pyro_bmrs.structures.cost import (
@@ -63,7 +60,11 @@ from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
 from pyro_bmrs.structures.shrink import shrink
 from pyro_bmrs.structures.structure_set import Structure, StructureSet
-from pyro_bmrs.svi import FitResult, fit
+from pyro_bmrs.svi.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
+from pyro_bmrs.svi.elbo import MeanFieldELBO
+from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
+from pyro_bmrs.svi.fit import FitResult, fit
+from pyro_bmrs.svi.schedule import Continuous, PostTraining
 
 __version__ = "0.1.0"
 

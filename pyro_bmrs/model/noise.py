@@ -81,7 +81,17 @@ class MultiplicativeNoise(NoisePoint):
         return self._prior_type(**parameters, validate_args=False).expand([self.size])
 
     def remove(self, removed: Tensor) -> None:
-        """Remove the structures where ``removed`` is True, on top of those removed before."""
+        """Remove the structures where ``removed`` is True, on top of those removed before.
+
+        Args:
+            removed: A bool tensor of shape ``(size,)``.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        if not (isinstance(removed, Tensor) and removed.dtype == torch.bool and removed.shape == self.keep.shape):
+            found = f"{removed.dtype} of shape {tuple(removed.shape)}" if isinstance(removed, Tensor) else repr(removed)
+            raise ValueError(f"removed must be a bool tensor of shape ({self.size},), but got {found}")
         self.keep.logical_and_(~removed.to(self.keep.device))
 
     def silence(self) -> None:

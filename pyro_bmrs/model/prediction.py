@@ -30,8 +30,9 @@ def predict(
         guide: Its guide.
         x: Inputs: a tensor of shape ``(n, ...)``, a tuple of positional inputs or a mapping of named ones; moved to the
             guide's device, and divided by 255 if of dtype uint8.
-        masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
-            has not been removed so far. Structures that are not kept have :math:`\theta = 0`.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep, in the numbering of the original network;
+            None, and sites left out, keep what has not been removed so far. Structures that are not kept have
+            :math:`\theta = 0`.
         batch_size: Number of examples run at once.
 
     Returns:
@@ -40,7 +41,7 @@ def predict(
     Raises:
         ValueError: If a mask names no site, or has the wrong shape or dtype.
     """
-    masks = check_masks(model, masks)
+    masks = check_masks(masks, model.noise, model.sizes)
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     with evaluating(model), torch.no_grad():
         outputs = [

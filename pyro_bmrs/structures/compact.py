@@ -41,8 +41,8 @@ def compact(
     Args:
         model: The model; neither it nor its network is changed.
         guide: Its guide.
-        masks: For each site a bool tensor of shape ``(size,)``, True = keep; None, and sites left out, keep what
-            has not been removed so far.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep, in the numbering of the original network;
+            None, and sites left out, keep what has not been removed so far.
         example_input: Inputs of any batch size: a tensor, a tuple or a mapping. Only their shapes and types matter.
         structures: What ``find_structures`` has said of the network, if it is known already.
 
@@ -53,7 +53,7 @@ def compact(
         ValueError: If a mask does not fit.
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
     """
-    masks = check_masks(model, masks)
+    masks = check_masks(masks, model.noise, model.sizes)
     structures = structures_of(model.net, example_input) if structures is None else structures
     record = structures.record
     values = {site: mean.detach() * masks[site] for site, mean in guide.mean().items()}

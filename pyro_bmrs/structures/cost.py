@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import Inputs, call, to_network
+from pyro_bmrs.structures.masks import check_masks
+from pyro_bmrs.structures.points import noise_points
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
 from pyro_bmrs.structures.structure_set import StructureSet
@@ -36,11 +38,14 @@ def count_parameters(
     Args:
         net: The network.
         structures: What ``find_structures`` has said of it, where there are masks.
-        masks: For each site a bool tensor of shape ``(size,)``, True = keep.
+        masks: For each site a bool tensor of shape ``(size,)``, True = keep, in the numbering of the original network.
+
+    Raises:
+        ValueError: If a mask does not fit.
     """
     if structures is None or masks is None:
         return sum(parameter.numel() for parameter in net.parameters())
-    record = structures.with_noise(masks).record
+    record, masks = _masked(net, structures, masks)
     return record.count_parameters(record.dead(masks))
 
 
@@ -60,12 +65,15 @@ def count_flops(
         example_input: A tensor, a tuple of positional inputs or a mapping of named ones.
         structures: See ``count_parameters``.
         masks: See ``count_parameters``.
+
+    Raises:
+        ValueError: If a mask does not fit.
     """
     plain = plain_copy(net).requires_grad_(False).eval()
     with undisturbed(plain):
         if structures is not None and masks is not None:
-            record = structures.with_noise(masks).record
-            values = {site: torch.ones(each.size) for site, each in record.sites.items()} | dict(masks)
+            record, masks = _masked(net, structures, masks)
+            values = {site: mask.to(torch.get_default_dtype()) for site, mask in masks.items()}
             plain = cut(fixed_copy(plain, record, values), record, masks, values)
         with FlopCounterMode(display=False) as counter:
             call(plain, to_network(example_input, plain))
@@ -130,6 +138,12 @@ def cost_kl_weights(
     return {site: mean * float(each.mean() / average) for site, each in costs.items()}
 
 
+def _masked(net: nn.Module, structures: StructureSet, masks: Mapping[str, Tensor]) -> tuple[Record, dict[str, Tensor]]:
+    """Return the record with the sites that masks name, and a mask for each of its sites."""
+    record = structures.with_noise(masks).record
+    return record, check_masks(masks, noise_points(net), {site: each.size for site, each in record.sites.items()})
+
+
 def _check(mean: float, cost: str) -> None:
     if cost not in ("parameters", "flops"):
         raise ValueError(f'cost must be "parameters" or "flops", but got {cost!r}')
@@ -142,22 +156,20 @@ def _costs(
 ) -> dict[str, Tensor]:
     """Return for each site what each of the structures costs that are kept, in the network that the masks leave."""
     record = structures_of(net, example_input, trial=False).record
-    kept = _kept(record, masks)
+    kept = _kept(net, record, masks)
     costs = record.structure_costs(cost, record.dead(kept))
     return {site: costs[site][kept[site]].float() for site in kept}
 
 
-def _kept(record: Record, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _kept(net: nn.Module, record: Record, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     sizes = {site: each.size for site, each in record.sites.items()}
     if masks is None:
         return {site: torch.ones(size, dtype=torch.bool) for site, size in sizes.items()}
-    if {site: tuple(mask.shape) for site, mask in masks.items()} != {site: (size,) for site, size in sizes.items()}:
-        shapes = {site: tuple(mask.shape) for site, mask in masks.items()}
-        raise ValueError(f"masks must have one entry for each structure of the sites {sizes}, but have shapes {shapes}")
-    for site, mask in masks.items():
+    kept = {site: mask.cpu() for site, mask in check_masks(masks, noise_points(net), sizes).items()}
+    for site, mask in kept.items():
         if not bool(mask.any()):
             raise ValueError(f"masks must keep a structure of every site, or it has no price, but {site} keeps none")
-    return {site: masks[site].cpu() for site in sizes}
+    return kept
 
 
 def measure_latency(nets: Sequence[nn.Module], example_input: Inputs, rounds: int = 50) -> list[float]:

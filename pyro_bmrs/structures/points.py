@@ -21,16 +21,31 @@ class NoisePoint(nn.Module):
 
     Attributes:
         keep: Buffer of shape ``(size,)``, bool; False where a structure has been removed.
+        index: Buffer of shape ``(size,)``: which structure of the original network each one is, in increasing order.
+        original_size: Number of structures of the original network, before any was cut out.
         site_name: Name of the site where it is not the layer's own name in the network.
     """
 
     keep: Tensor
+    index: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.size, self.dim = size, dim
+        self.size, self.original_size, self.dim = size, size, dim
         self.site_name: str | None = None
         self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
+        self.register_buffer("index", torch.arange(size))
+
+    @property
+    def original_keep(self) -> Tensor:
+        """Which structures of the original network remain, bool of shape ``(original_size,)``."""
+        return self.in_original(self.keep, False)
+
+    def in_original(self, values: Tensor, missing: float) -> Tensor:
+        """Return values of shape ``(size,)`` as ``(original_size,)``, ``missing`` where a structure has been cut."""
+        original = values.new_full((self.original_size,), missing)
+        original[self.index.to(values.device)] = values
+        return original
 
     def silence(self) -> None:
         """Apply nothing but the mask from now on."""

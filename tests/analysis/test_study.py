@@ -21,7 +21,7 @@ from analysis.recipes import criterion, dense_of, make_config
 from analysis.store import Store
 from analysis.study import _RESULTS, GRIDS, Study, _command, configurations, main
 from pyro_bmrs import BMRS_U, WeightNorm, bmrs_n_reference
-from pyro_bmrs.callbacks import JSONLines
+from pyro_bmrs.svi.callbacks import JSONLines
 
 TINY = {"epochs": 2, "fine_tune_epochs": 1}
 OF_THE_MACHINE = ("seconds", "latency_dense_ms", "latency_pruned_ms", "sessions", "date")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.model.noise import fix_noise
+from pyro_bmrs.model.noise import MultiplicativeNoise, fix_noise
 
 __all__ = ["FlatGuide"]
 
@@ -65,6 +65,11 @@ class FlatGuide(PyroModule):
     def keep(self) -> Tensor:
         """Which structures remain, of shape ``(structures,)``, bool."""
         return torch.cat([layer.keep for layer in self._model[0].noise.values()])
+
+    @property
+    def noise(self) -> dict[str, MultiplicativeNoise]:
+        """The noise layers of the model, by site name."""
+        return self._model[0].noise
 
     def flat_posterior(self) -> TorchDistribution:
         """Return the posterior over all structures, of ``batch_shape`` ``(structures,)``."""

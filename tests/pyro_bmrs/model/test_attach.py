@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.compiled import CompiledStep
-from pyro_bmrs.objective import NoisyObjective
+from pyro_bmrs.svi.compiled import CompiledStep
+from pyro_bmrs.svi.objective import NoisyObjective
 
 ROOT = Path(__file__).parents[3]
 QUICK = {"epochs": 2, "fine_tune_epochs": 1, "batch_size": 10, "lr": 1e-2, "seed": 0, "progress": False}

@@ -1,5 +1,6 @@
 """Asking the criterion, and removing what it says."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping
@@ -8,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_bmrs.checkpoint import State
 from pyro_bmrs.criteria import Criterion, PruningContext
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.schedule import PostTraining
 from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.structures.shrink import shrink_known
 from pyro_bmrs.structures.structure_set import StructureSet
+from pyro_bmrs.svi.checkpoint import State
+from pyro_bmrs.svi.schedule import PostTraining
 
 __all__ = ["Pruner"]
 
@@ -31,8 +32,7 @@ class Pruner:
         structures: What is known of the network's structures, if anything.
 
     Attributes:
-        scores: For each site the score of each structure when it was last judged, of its original ``(size,)``.
-        positions: For each site the original index of each structure that is physically there.
+        scores: For each site the score of each structure when it was last judged, of shape ``(original_size,)``.
         structures: What is known of the network's structures.
     """
 
@@ -45,9 +45,7 @@ class Pruner:
         structures: StructureSet | None = None,
     ) -> None:
         self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
-        self.sizes = model.sizes
         self.structures = structures_of(model.net, batch[0][:2]) if structures is None else structures
-        self.positions = {site: torch.arange(size) for site, size in self.sizes.items()}
         self.scores: dict[str, Tensor] = {}
         self._at_removal = [parameter.detach().clone() for parameter in guide.parameters()]
         self._order = torch.empty(0, dtype=torch.long)
@@ -55,17 +53,18 @@ class Pruner:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Which structures of the original network remain: bool tensors of shape ``(size,)``, True = kept."""
-        masks = {}
-        for site, mask in self.model.masks.items():
-            masks[site] = torch.zeros(self.sizes[site], dtype=torch.bool, device=mask.device)
-            masks[site][self.positions[site].to(mask.device)] = mask
-        return masks
+        """Which structures of the original network remain: bool tensors of shape ``(original_size,)``, True = kept."""
+        return {site: layer.original_keep for site, layer in self.model.noise.items()}
+
+    @property
+    def positions(self) -> dict[str, Tensor]:
+        """The original index of each structure that is physically there, by site."""
+        return {site: layer.index for site, layer in self.model.noise.items()}
 
     def remove_supported(self) -> dict[str, int]:
         """Remove what the criterion supports removing, and return how many that were for each site."""
         if self.criterion is None:
-            return dict.fromkeys(self.sizes, 0)
+            return dict.fromkeys(self.model.noise, 0)
         supported, _ = self._judge(self.criterion)
         return self._remove(supported)
 
@@ -96,19 +95,20 @@ class Pruner:
 
     def shrink(self, optimizer: Optimizer) -> bool:
         """Cut removed structures out of network, guide and optimiser, and return whether there were any."""
+        sizes = self.model.sizes
         known = self.model, self.guide, optimizer, self.batch[0][:2], self.structures
         kept, self.structures = shrink_known(*known)
-        if all(len(kept[site]) == len(position) for site, position in self.positions.items()):
+        if sizes == self.model.sizes:
             return False
-        flat = torch.cat([index + offset for index, offset in zip(kept.values(), self._offsets(), strict=True)])
+        starts = itertools.accumulate(sizes.values(), initial=0)
+        flat = torch.cat([index + start for index, start in zip(kept.values(), starts, strict=False)])
         self._at_removal = [saved[flat.to(saved.device)] for saved in self._at_removal]
-        self.positions = {site: position[kept[site]] for site, position in self.positions.items()}
         return True
 
     def shrink_to(self, positions: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Cut a network that is whole down to those positions, as an interrupted fit had done."""
         for site, layer in self.model.noise.items():
-            layer.remove(~torch.isin(torch.arange(layer.size), positions[site]))
+            layer.remove(~torch.isin(layer.index.cpu(), positions[site]))
         self.shrink(optimizer)
 
     def restore_removed(self) -> None:
@@ -129,13 +129,11 @@ class Pruner:
         device = self.guide.device
         self._at_removal = [state.tensors[f"at_removal.{i}"].to(device) for i in range(len(self._at_removal))]
         self.scores = {
-            site: state.tensors[f"score.{site}"].to(device) for site in self.sizes if f"score.{site}" in state.tensors
+            site: state.tensors[f"score.{site}"].to(device)
+            for site in self.model.noise
+            if f"score.{site}" in state.tensors
         }
         self._order, self._limit = state.tensors["order"].to(device), state.info["limit"]
-
-    def _offsets(self) -> list[int]:
-        lengths = [len(position) for position in self.positions.values()]
-        return [sum(lengths[:i]) for i in range(len(lengths))]
 
     def _judge(self, criterion: Criterion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return which structures the criterion would remove, and its scores, which are noted."""
@@ -146,11 +144,12 @@ class Pruner:
 
     def _note(self, scores: Mapping[str, Tensor]) -> None:
         """Keep the scores of structures that remain; those of removed ones stay what they were at removal."""
-        masks = self.model.masks
         for site, score in scores.items():
-            known = self.scores.setdefault(site, score.new_full((self.sizes[site],), math.nan))
-            positions = self.positions[site].to(score.device)
-            known[positions] = torch.where(masks[site] | known[positions].isnan(), score, known[positions])
+            layer = self.model.noise[site]
+            known = self.scores.setdefault(site, score.new_full((layer.original_size,), math.nan))
+            positions = layer.index.to(score.device)
+            judged = layer.keep.to(score.device) | known[positions].isnan()
+            known[positions] = torch.where(judged, score, known[positions])
 
     def _remove(self, removed: Mapping[str, Tensor]) -> dict[str, int]:
         newly = torch.cat([removed[site] for site in self.guide.sizes]) & self.guide.keep

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_bmrs.io import AtomicFile
+from pyro_bmrs.io.files import AtomicFile
 
 __all__ = [
     "State",

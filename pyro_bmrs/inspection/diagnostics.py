@@ -1,5 +1,6 @@
 """The posterior in numbers: draws for ArviZ, and the evidence of every structure."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,18 @@ __all__ = ["evidence_changes", "to_arviz"]
 
 @torch.no_grad()
 def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distribution] = spike) -> dict[str, Tensor]:
-    r"""Return :math:`\Delta F` of every structure, in nats, of shape ``(size,)`` for each site; >= 0 favours removal.
+    r"""Return :math:`\Delta F` of every structure, in nats, by site; >= 0 favours removal.
+
+    Of shape ``(size,)``, in the numbering of the original network. A structure that has been cut out by shrinking has
+    no posterior left to judge, and NaN here; ``FitResult.scores`` holds the last score of it.
 
     Args:
         guide: The fitted guide.
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
     """
-    priors = guide.prior()
+    priors, layers = guide.prior(), guide.noise
     return {
-        site: evidence_change(posterior, priors[site], reduced_prior(priors[site]))
+        site: layers[site].in_original(evidence_change(posterior, priors[site], reduced_prior(priors[site])), math.nan)
         for site, posterior in guide.posterior().items()
     }
 
@@ -34,7 +38,8 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
 
     Groups ``posterior`` and ``prior`` hold one variable a site, of shape ``(1, draws, size)``: a variational posterior
     has independent draws and no chains, so read it with ``arviz.summary(..., kind="stats")``. ``constant_data`` holds
-    ``<site>.kept``, 1 for what remains; removed structures keep the posterior for which they were removed.
+    ``<site>.kept``, 1 for what remains; removed structures keep the posterior for which they were removed, unless they
+    have been cut out by shrinking. Coordinates are the structures' numbers in the original network.
 
     Args:
         guide: The fitted guide.
@@ -59,6 +64,6 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
             "prior": {site: values.cpu().numpy() for site, values in prior.items()},
             "constant_data": {f"{site}.kept": mask.cpu().numpy().astype("int8") for site, mask in kept.items()},
         },
-        coords={f"{site}_structure": range(size) for site, size in guide.sizes.items()},
+        coords={f"{site}_structure": layer.index.tolist() for site, layer in guide.noise.items()},
         dims={name: [f"{site}_structure"] for site in guide.sizes for name in (site, f"{site}.kept")},
     )

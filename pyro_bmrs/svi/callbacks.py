@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from pyro_bmrs.svi import FitResult
+    from pyro_bmrs.svi.fit import FitResult
 
 __all__ = ["Callback", "Callbacks", "EnergyTracker", "FabricLoggers", "JSONLines", "ProgressBar"]
 

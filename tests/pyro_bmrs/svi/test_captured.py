@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.captured import CapturedStep
-from pyro_bmrs.objective import NoisyObjective
+from pyro_bmrs.svi.captured import CapturedStep
+from pyro_bmrs.svi.objective import NoisyObjective
 
 
 class NoTransfers(TorchDispatchMode):

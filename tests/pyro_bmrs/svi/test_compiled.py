@@ -6,8 +6,8 @@ from nets import build, random_masks
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.compiled import CompiledStep
-from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
+from pyro_bmrs.svi.compiled import CompiledStep
+from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
 
 
 def objective_of(name, dtype=torch.float64, batch=6, **elbo):
@@ -173,7 +173,7 @@ def test_a_compiler_that_fails_falls_back(monkeypatch):
     def no_compiler(*_):
         raise RuntimeError("no working C++ compiler found")
 
-    monkeypatch.setattr("pyro_bmrs.compiled._compile", no_compiler)
+    monkeypatch.setattr("pyro_bmrs.svi.compiled._compile", no_compiler)
     with pytest.warns(RuntimeWarning, match="no working C"):
         found = outcome(step, objective, x, y, 1.0)
     expected = outcome(lambda *args: eager(objective, *args), objective, x, y, 1.0)

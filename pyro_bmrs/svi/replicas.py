@@ -8,15 +8,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 
-from pyro_bmrs.devices import keep_freed_memory, place
-from pyro_bmrs.elbo import MeanFieldELBO
-from pyro_bmrs.faults import check_parameters, loss_error
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
-from pyro_bmrs.schedule import Rates
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.svi.devices import keep_freed_memory, place
+from pyro_bmrs.svi.elbo import MeanFieldELBO
+from pyro_bmrs.svi.faults import check_parameters, loss_error
+from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
+from pyro_bmrs.svi.schedule import Rates
 
 __all__ = ["ReplicaTrainer", "Stack"]
 

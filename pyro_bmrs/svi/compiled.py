@@ -56,7 +56,7 @@ class CompiledStep:
         ValueError: If ``backend`` is neither.
 
     Example:
-        >>> from pyro_bmrs.objective import NoisyObjective
+        >>> from pyro_bmrs.svi.objective import NoisyObjective
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
         >>> model = bmrs.NoisyNetwork(net, num_data=100)
         >>> guide = bmrs.TruncatedLogNormalGuide(model)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import pyro_bmrs as bmrs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAM = str(ROOT / "tests" / "processes.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

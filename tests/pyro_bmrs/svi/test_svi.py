@@ -12,8 +12,8 @@ from processes import data
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.compiled import CompiledStep
-from pyro_bmrs.devices import resolve_device
+from pyro_bmrs.svi.compiled import CompiledStep
+from pyro_bmrs.svi.devices import resolve_device
 
 QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 
@@ -155,7 +155,7 @@ def test_shrinking_while_training_is_masking():
 
 def test_compiled_fits_prune_and_end_as_others_do(monkeypatch):
     """With the graph run as it is: what inductor makes of it is tested on its own."""
-    monkeypatch.setattr("pyro_bmrs.steps.CompiledStep", functools.partial(CompiledStep, backend="eager"))
+    monkeypatch.setattr("pyro_bmrs.svi.steps.CompiledStep", functools.partial(CompiledStep, backend="eager"))
     x, y = data()
     fits = []
     for compiled in (False, True):

@@ -6,12 +6,12 @@ from typing import Any
 from pyro.distributions import Categorical
 from torch import Tensor
 
-from pyro_bmrs.checkpoint import State
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.prediction import predict
-from pyro_bmrs.pruner import Pruner
 from pyro_bmrs.structures.cost import count_parameters
+from pyro_bmrs.svi.checkpoint import State
+from pyro_bmrs.svi.pruner import Pruner
 
 __all__ = ["History"]
 

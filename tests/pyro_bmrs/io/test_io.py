@@ -156,7 +156,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pyro_bmrs.io.save_file", full_disk)
+    monkeypatch.setattr("pyro_bmrs.io.networks.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         bmrs.save(nn.Sequential(nn.Linear(1, 1)), path)
     assert torch.equal(bmrs.load(path)(x), small(x))

@@ -7,7 +7,7 @@ from nets import NETWORKS, blobs
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.replicas import Stack
+from pyro_bmrs.svi.replicas import Stack
 
 SEEDS = (3, 0, 7)
 QUICK = {"epochs": 8, "fine_tune_epochs": 3, "batch_size": 37, "lr": 1e-2, "progress": False}

@@ -124,6 +124,6 @@ def test_energy_and_co2_are_estimated():
 
 
 def test_the_energy_tracker_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr("pyro_bmrs.callbacks.find_spec", lambda name: None)
+    monkeypatch.setattr("pyro_bmrs.svi.callbacks.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-bmrs\[energy\]'"):
         bmrs.EnergyTracker()

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.objective import NoisyObjective
+from pyro_bmrs.svi.objective import NoisyObjective
 
 
 @pytest.fixture

@@ -16,22 +16,22 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pyro_bmrs.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
-from pyro_bmrs.checkpoint import State, join, part, read_checkpoint, write_checkpoint
 from pyro_bmrs.criteria import BMRS_N, Criterion
-from pyro_bmrs.data import Data, check_data, check_observations
-from pyro_bmrs.devices import check_precision, make_fabric
-from pyro_bmrs.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.history import History
-from pyro_bmrs.io import PathLike
+from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.pruner import Pruner
-from pyro_bmrs.schedule import Continuous, PostTraining, Rates, check_numbers
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.structures.structure_set import StructureSet
-from pyro_bmrs.training import Trainer
+from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
+from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
+from pyro_bmrs.svi.data import Data, check_data, check_observations
+from pyro_bmrs.svi.devices import check_precision, make_fabric
+from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
+from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.pruner import Pruner
+from pyro_bmrs.svi.schedule import Continuous, PostTraining, Rates, check_numbers
+from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["FitResult", "fit"]
 

@@ -9,8 +9,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from pyro_bmrs.captured import CapturedStep
-from pyro_bmrs.compiled import CompiledStep
+from pyro_bmrs.svi.captured import CapturedStep
+from pyro_bmrs.svi.compiled import CompiledStep
 
 __all__ = ["NonFiniteLossError", "Step", "make_step"]
 

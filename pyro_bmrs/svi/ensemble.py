@@ -10,20 +10,20 @@ from typing import Any
 import pyro
 import torch
 
-from pyro_bmrs.callbacks import Callback, Callbacks, ProgressBar
 from pyro_bmrs.criteria import Criterion
-from pyro_bmrs.data import Data, check_data, check_observations
-from pyro_bmrs.devices import resolve_device
-from pyro_bmrs.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.history import History
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.pruner import Pruner
-from pyro_bmrs.replicas import ReplicaTrainer
-from pyro_bmrs.schedule import Continuous, Rates
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
-from pyro_bmrs.svi import DEFAULT_CRITERION, DEFAULT_PRUNING, FitResult
+from pyro_bmrs.svi.callbacks import Callback, Callbacks, ProgressBar
+from pyro_bmrs.svi.data import Data, check_data, check_observations
+from pyro_bmrs.svi.devices import resolve_device
+from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
+from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING, FitResult
+from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.pruner import Pruner
+from pyro_bmrs.svi.replicas import ReplicaTrainer
+from pyro_bmrs.svi.schedule import Continuous, Rates
 
 __all__ = ["Replica", "fit_ensemble"]
 

@@ -7,16 +7,16 @@ import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
-from pyro_bmrs.checkpoint import State, optimizer_tensors, restore_optimizer
-from pyro_bmrs.devices import keep_freed_memory, place
-from pyro_bmrs.elbo import MeanFieldELBO
-from pyro_bmrs.faults import check_parameters, loss_error
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.objective import FixedNoiseObjective, NoisyObjective
-from pyro_bmrs.schedule import Rates
-from pyro_bmrs.steps import NonFiniteLossError, Step, make_step
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.svi.checkpoint import State, optimizer_tensors, restore_optimizer
+from pyro_bmrs.svi.devices import keep_freed_memory, place
+from pyro_bmrs.svi.elbo import MeanFieldELBO
+from pyro_bmrs.svi.faults import check_parameters, loss_error
+from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
+from pyro_bmrs.svi.schedule import Rates
+from pyro_bmrs.svi.steps import NonFiniteLossError, Step, make_step
 
 __all__ = ["Trainer"]
 
@@ -93,9 +93,9 @@ class Trainer:
         restore_optimizer(self.optimizer, state.tensors)
         self.order.set_state(state.tensors["order"].cpu())
         rank = self.fabric.global_rank
-        torch.set_rng_state(state.tensors["random"][rank].cpu())
+        torch.set_rng_state(state.tensors["random"][rank].cpu().clone())
         if "random_cuda" in state.tensors:
-            torch.cuda.set_rng_state(state.tensors["random_cuda"][rank].cpu(), self.fabric.device)
+            torch.cuda.set_rng_state(state.tensors["random_cuda"][rank].cpu().clone(), self.fabric.device)
 
     def _of_all_processes(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all processes, stacked."""

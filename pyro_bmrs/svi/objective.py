@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from pyro_bmrs.elbo import MeanFieldELBO
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.svi.elbo import MeanFieldELBO
 
 __all__ = ["FixedNoiseObjective", "NoisyObjective"]
 

@@ -13,7 +13,7 @@ from processes import EveryThird, fit_in_turns, state
 from safetensors.torch import load_file, save_file
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.checkpoint import State, join, part, read_checkpoint, write_checkpoint
+from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
 
 QUICK = {"epochs": 6, "fine_tune_epochs": 3, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 FILE = "checkpoint/fit.safetensors"
@@ -138,7 +138,7 @@ class FullDisk(bmrs.Callback):
                 path.write_bytes(b"half a file")
                 raise OSError(28, "No space left on device")
 
-            self.monkeypatch.setattr("pyro_bmrs.checkpoint.save_file", save_file)
+            self.monkeypatch.setattr("pyro_bmrs.svi.checkpoint.save_file", save_file)
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch):

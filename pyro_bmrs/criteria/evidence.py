@@ -1,0 +1,90 @@
+"""Criteria by the change of evidence under a prior that would remove a structure: the paper's two."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.bmr import evidence_change, precision_window, spike
+from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
+
+__all__ = ["BMRS_N", "BMRS_U", "EvidenceCriterion"]
+
+
+@dataclass(frozen=True)
+class EvidenceCriterion(Criterion):
+    """Remove where the evidence, with the prior odds, favours a reduced prior; subclasses say which.
+
+    Args:
+        prior_log_odds: Log-odds, before seeing data, of a structure being absent: one number, or for each site a number
+            or a tensor of shape ``(size,)``, as from ``cost_log_odds``. A decision needs them: evidence compares two
+            hypotheses as if they were equally likely.
+    """
+
+    prior_log_odds: float | Mapping[str, Tensor | float] = field(default=0.0, kw_only=True)
+
+    def log_odds(self, site: str) -> Tensor | float:
+        """Return the prior log-odds of one site's structures."""
+        if not isinstance(self.prior_log_odds, Mapping):
+            return self.prior_log_odds
+        if site not in self.prior_log_odds:
+            raise ValueError(f"prior_log_odds has no entry for site {site!r}; it has {list(self.prior_log_odds)}")
+        return self.prior_log_odds[site]
+
+    def reduced_prior(self, prior: Any) -> Distribution:
+        """Return the prior that would remove structures whose prior is ``prior``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        priors, scores = context.guide.prior(), {}
+        for site, posterior in context.guide.posterior().items():
+            delta_f = evidence_change(posterior, priors[site], self.reduced_prior(priors[site]))
+            log_odds = torch.as_tensor(self.log_odds(site)).to(delta_f)
+            if log_odds.dim() and log_odds.shape != delta_f.shape:
+                raise ValueError(
+                    f"prior_log_odds of site {site!r} must be a number or of shape {tuple(delta_f.shape)}, but has "
+                    f"shape {tuple(log_odds.shape)}"
+                )
+            scores[site] = delta_f + log_odds
+        return scores
+
+
+@dataclass(frozen=True)
+class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
+    r"""Remove where the evidence favours a spike at the lower bound: :math:`\Delta F` + prior log-odds >= 0 (eq. 8).
+
+    Args:
+        scale: Width of the spike, in units of :math:`\log\theta`.
+        prior_log_odds: Log-odds, before seeing data, of a structure being absent. 0 is the paper's rule as printed.
+            With the exact ELBO a structure that the data does not need returns to its prior, where
+            :math:`\Delta F` is about -0.04 to -0.7 and never positive by much: ``math.log(3)`` removes whatever lacks
+            positive evidence on Kass and Raftery's scale. ``0.5 * math.log(2 * math.pi)`` is what the paper's
+            reference code computes.
+    """
+
+    scale: float = 1e-6
+
+    def reduced_prior(self, prior: Any) -> Distribution:
+        return spike(prior, self.scale)
+
+
+@dataclass(frozen=True)
+class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
+    r"""Remove where the evidence favours noise too small for the arithmetic: :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10).
+
+    Args:
+        p1: Bits that the noise must reach to matter; the paper uses 8 and 4.
+        p2: Bits below which nothing is representable. None reaches down to the prior's own bound; the paper's 23 (the
+            mantissa of float32) keeps structures that collapsed below it, whose mass counts as outside the window.
+        prior_log_odds: As for ``BMRS_N``.
+    """
+
+    p1: float = 8
+    p2: float | None = None
+
+    def reduced_prior(self, prior: Any) -> Distribution:
+        return precision_window(prior, self.p1, self.p2)

@@ -1,0 +1,145 @@
+"""Criteria without a decision line, which only rank: norms, gradients, chance."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
+from pyro_bmrs.criteria.evidence import BMRS_N
+from pyro_bmrs.structures.cost import count_parameters
+from pyro_bmrs.structures.points import Attachment
+from pyro_bmrs.structures.record import Record, positions
+
+__all__ = ["GradientWeightNorm", "Random", "RankingCriterion", "WeightNorm"]
+
+_MatchBy = Literal["parameters", "structures"]
+
+
+@dataclass(frozen=True)
+class RankingCriterion(Criterion):
+    """A criterion without a decision line: it removes as much as ``match`` would.
+
+    Args:
+        match: The criterion whose compression is matched.
+        match_by: What is counted. ``"parameters"``: remove the fewest highest-scoring structures that leave no more
+            parameters than ``match`` would. ``"structures"``: remove as many as ``match`` would, however small, as the
+            paper's reference code does.
+
+    Raises:
+        ValueError: If ``match_by`` is neither.
+    """
+
+    match: Criterion = field(default_factory=BMRS_N)
+    match_by: _MatchBy = field(default="parameters", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.match_by not in get_args(_MatchBy):
+            raise ValueError(f"match_by must be one of {get_args(_MatchBy)}, but got {self.match_by!r}")
+
+    def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
+        """Return for each site which of the remaining structures go: the highest-scoring, as many as match."""
+        matched = self.match.supported(context)
+        flat_keep = torch.cat(list(context.model.masks.values()))
+        scores = self.scores(context) if scores is None else scores
+        flat = torch.cat(list(scores.values())).masked_fill(~flat_keep, -math.inf)
+        order = flat.nan_to_num(nan=-math.inf).argsort(descending=True)
+
+        def first(count: int) -> Scores:
+            chosen = torch.zeros_like(flat_keep)
+            chosen[order[:count]] = True
+            return context.guide.split(chosen)
+
+        if self.match_by == "structures":
+            return first(sum(int(removed.sum()) for removed in matched.values()))
+        target = _parameters_without(context, matched)
+        low, high = 0, int(flat_keep.sum())
+        while low < high:
+            middle = (low + high) // 2
+            if _parameters_without(context, first(middle)) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return first(low)
+
+
+def _parameters_without(context: PruningContext, removed: Scores) -> int:
+    masks = {site: keep & ~removed[site] for site, keep in context.model.masks.items()}
+    return count_parameters(context.model.net, context.structures, masks)
+
+
+@dataclass(frozen=True)
+class WeightNorm(RankingCriterion):
+    """Rank by the L2 norm of a structure's incoming weights, smallest first."""
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        weights = dict(_own_network(context.model.net).named_parameters())
+        record = context.structures.record
+        return {site: -_incoming_norm(record, site, weights) for site in context.guide.sizes}
+
+
+@dataclass(frozen=True)
+class GradientWeightNorm(RankingCriterion):
+    """Rank by the norm of the loss's gradient in a structure's incoming weights times their norm, smallest first."""
+
+    def scores(self, context: PruningContext) -> Scores:
+        model = context.model
+        weights = {name: p for name, p in _own_network(model.net).named_parameters() if p.requires_grad}
+        means = {site: mean.detach() for site, mean in context.guide.mean().items()}
+        with torch.enable_grad():
+            loss = -model.likelihood(model.run(context.x, means)).log_prob(context.y).mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        by_name = dict(zip(weights, gradients, strict=True))
+        with torch.no_grad():
+            record = context.structures.record
+            return {
+                site: -_incoming_norm(record, site, weights) * _incoming_norm(record, site, by_name)
+                for site in context.guide.sizes
+            }
+
+
+@dataclass(frozen=True)
+class Random(RankingCriterion):
+    """Rank by chance, the same at every pruning.
+
+    Args:
+        seed: Seed of the ranking.
+    """
+
+    seed: int = 0
+
+    def scores(self, context: PruningContext) -> Scores:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {
+            site: torch.rand(size, generator=generator).to(context.guide.device)
+            for site, size in context.guide.sizes.items()
+        }
+
+
+def _own_network(net: nn.Module) -> nn.Module:
+    """Return the network that a record is of."""
+    return net.net if isinstance(net, Attachment) else net
+
+
+def _incoming_norm(record: Record, site: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the L2 norm of the weights that produce each structure, normalisation layers left out."""
+    classes = record.sites[site].before
+    device = next(iter(tensors.values())).device
+    squares = torch.zeros(len(classes), device=device)
+    found = False
+    for slot, axis in record.slots.items():
+        weight = tensors.get(slot[0])
+        if weight is None or weight.dim() < 2 or slot in record.reading:
+            continue
+        index = positions(classes, axis).to(device)
+        if bool((index >= 0).any()):
+            found = True
+            each = weight.detach().movedim(slot[1], 0).flatten(1).square().sum(1).to(squares)
+            squares = squares.index_add(0, index[index >= 0], each[index >= 0])
+    if not found:
+        raise ValueError(f"the structures of {site!r} have no incoming weights to take a norm of")
+    return squares.sqrt()

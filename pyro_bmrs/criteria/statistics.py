@@ -1,0 +1,50 @@
+"""Criteria by a statistic of the posterior against a threshold: signal-to-noise ratio, mean."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
+from pyro_bmrs.distributions import signal_to_noise
+
+__all__ = ["SNR", "PosteriorMean"]
+
+
+@dataclass(frozen=True)
+class _ThresholdCriterion(Criterion):
+    """Remove where a positive statistic of the posterior is at most ``threshold``."""
+
+    threshold: float
+
+    def statistic(self, posterior: Any) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def scores(self, context: PruningContext) -> Scores:
+        return {
+            site: math.log(self.threshold) - torch.log(self.statistic(posterior))
+            for site, posterior in context.guide.posterior().items()
+        }
+
+
+@dataclass(frozen=True)
+class SNR(_ThresholdCriterion):
+    """Remove where the posterior's mean over standard deviation is at most ``threshold`` (Neklyudov et al., 2017)."""
+
+    threshold: float = 1.0
+
+    def statistic(self, posterior: Any) -> Tensor:
+        return signal_to_noise(posterior)
+
+
+@dataclass(frozen=True)
+class PosteriorMean(_ThresholdCriterion):
+    """Remove where the posterior mean of the noise is at most ``threshold``."""
+
+    threshold: float = 0.1
+
+    def statistic(self, posterior: Any) -> Tensor:
+        return posterior.mean

@@ -1,0 +1,1 @@
+"""The posterior in numbers and pictures."""

@@ -1,0 +1,1 @@
+"""Networks, models and runs on disk."""

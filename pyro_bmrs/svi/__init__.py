@@ -1,0 +1,1 @@
+"""Fitting by stochastic variational inference."""
