@@ -63,7 +63,8 @@ from pyro_bmrs.structures.structure_set import Structure, StructureSet
 from pyro_bmrs.svi.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
-from pyro_bmrs.svi.fit import FitResult, fit
+from pyro_bmrs.svi.fit import fit
+from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining
 
 __version__ = "0.1.0"
@@ -84,6 +85,7 @@ __all__ = [
     "EnergyTracker",
     "EvidenceCriterion",
     "FitResult",
+    "FitWarning",
     "FlatGuide",
     "GradientWeightNorm",
     "HeadwiseAttention",

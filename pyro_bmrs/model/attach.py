@@ -83,7 +83,7 @@ class AttachedNoise(Attachment):
         layers: list[Any] = list(self.noise.values())
         drawn = [layer for layer in layers if layer.site is not None and layer.held() is None]
         for layer in drawn:
-            layer.hold(layer.sample())
+            layer.hold(layer.sample(layer.site, layer.kl_weight))
         try:
             return self.net(*args, **kwargs)
         finally:

@@ -1,7 +1,7 @@
 """The Pyro model around a network: its noise sites, and the site of the observations."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -12,14 +12,17 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 
-from pyro_bmrs.model.noise import MultiplicativeNoise, noise_layers, supply_noise
+from pyro_bmrs.checks import check_integer, check_number, described
+from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, noise_layers, supply_noise
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import no_fast_path
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call
+from pyro_bmrs.structures.pair import NoisyModel
 from pyro_bmrs.structures.points import Attachment
 
-__all__ = ["Likelihood", "NoisyNetwork", "categorical", "element_shapes"]
+__all__ = ["Likelihood", "NoisyNetwork", "categorical"]
 
 _NO_LABEL = -(2**62)  # cross_entropy leaves out one label: by default -100, which is a mistake like any other here
 
@@ -27,11 +30,20 @@ Likelihood = Callable[[Any], TorchDistribution]
 
 
 def categorical(logits: Tensor) -> TorchDistribution:
-    """Return the likelihood of class labels: ``Categorical(logits=logits)``."""
+    """Return the likelihood of class labels: ``Categorical(logits=logits)``.
+
+    Raises:
+        TypeError: If the network's output is no tensor.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the network returns {described(logits)}, but the default likelihood takes one tensor of logits: pass "
+            "likelihood=lambda out: Categorical(logits=out[0]), or what names the logits in your output"
+        )
     return dist.Categorical(logits=logits)
 
 
-class NoisyNetwork(PyroModule):
+class NoisyNetwork(PyroModule, NoisyModel):
     r"""A network as a probabilistic program.
 
     .. math:: p(y, \theta \mid x) = \prod_i p(y_i \mid f(x_i; w, \theta)) \, p(\theta)^{\lambda}
@@ -46,16 +58,20 @@ class NoisyNetwork(PyroModule):
         likelihood: From the network's output to the distribution of the observations, of ``batch_shape``
             ``(batch,)``; ``Categorical(logits=...)`` by default. A module's parameters are learned too.
         num_data: Size :math:`N` of the data set, by which a batch's likelihood is scaled up; None takes each
-            batch for the whole data set (``fit`` fills it in).
+            batch for the whole data set. ``fit`` puts the number of its training examples in the place of None while
+            it runs.
         kl_weight: :math:`\lambda` > 0, the weight of the KL; 1 is Bayes, more removes more. Or one for each site.
 
     Attributes:
-        kl_weight: That number; 1 where each site has its own, which its layer then holds.
+        kl_weight: That number; 1 where each site has its own. It can be set later, to one number or to one per site.
+        kl_weights: Weight of each site's KL on top of it, by site: the one place where it is kept.
         sizes: Number of structures of each site.
+        fitted: Whether a fit has changed it.
 
     Raises:
+        TypeError: If ``net``, ``likelihood``, ``num_data`` or ``kl_weight`` is something else.
         ValueError: If the network has no noise layers, ``num_data`` or ``kl_weight`` is not positive, or (when
-            called) the likelihood is not one distribution an example.
+            called) the likelihood is not one distribution per example.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
@@ -73,6 +89,8 @@ class NoisyNetwork(PyroModule):
         kl_weight: float | Mapping[str, float] = 1.0,
     ) -> None:
         super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be an nn.Module, but got {described(net)}")
         layers = noise_layers(net)
         if not layers:
             raise ValueError(
@@ -80,25 +98,31 @@ class NoisyNetwork(PyroModule):
                 "x)), or put a pyro_bmrs.MultiplicativeNoise(size) behind each activation whose neurons or filters may "
                 "be removed"
             )
-        if num_data is not None and num_data < 1:
-            raise ValueError(f"num_data must be the number of training examples, but got {num_data}")
-        by_site = kl_weight if isinstance(kl_weight, Mapping) else dict.fromkeys(layers, 1.0)
-        overall = 1.0 if isinstance(kl_weight, Mapping) else kl_weight
-        if not (by_site.keys() == layers.keys() and overall > 0 and all(weight > 0 for weight in by_site.values())):
-            raise ValueError(
-                f"kl_weight must be positive, or be so for each of the sites {list(layers)}, but got {kl_weight}; 1 is "
-                "the exact ELBO"
-            )
+        if num_data is not None:
+            check_integer("num_data", num_data, low=1, what="the number of training examples")
+        _check_likelihood(likelihood)
+        self._overall, self.kl_weights = _checked_weights(kl_weight, list(layers))
         for site, layer in layers.items():
-            layer.site = site
-            layer.kl_weight = by_site[site]
+            layer.belong(site, self.kl_weights)
         self.net = net
         self._noise = layers
         own = net.net if isinstance(net, Attachment) else net
         self._frozen = [module for module in own.modules() if not module.training] if own.training else []
         self.likelihood = categorical if likelihood is None else likelihood
         self.num_data = num_data
-        self.kl_weight = overall
+        self.fitted = False
+        self._element_shapes: dict[tuple[torch.Size, ...], dict[str, tuple[int, ...]]] = {}
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL of all sites."""
+        return self._overall
+
+    @kl_weight.setter
+    def kl_weight(self, value: float | Mapping[str, float]) -> None:
+        self._overall, by_site = _checked_weights(value, list(self.kl_weights))
+        if isinstance(value, Mapping):
+            self.kl_weights.update(by_site)
 
     def train(self, mode: bool = True) -> "NoisyNetwork":
         """Set train or eval mode; modules that were in eval mode in a network in train mode at first stay so."""
@@ -132,11 +156,12 @@ class NoisyNetwork(PyroModule):
         Returns:
             The network's output, of shape ``(batch, ...)``.
         """
+        check_not_vectorized()
         with poutine.scale(scale=self.kl_weight):
-            draws = {site: layer.sample() for site, layer in self.noise.items()}
+            draws = {site: layer.sample(site, self.kl_weights[site]) for site, layer in self.noise.items()}
             output = self.run(x, draws)
         batch = batch_size(x)
-        observed = self._observed(output, batch)
+        observed = self.observed(output, batch)
         with pyro.plate("data", batch), poutine.scale(scale=self._multiplicity(batch)):
             pyro.sample("obs", observed, obs=y)
         return output
@@ -163,15 +188,20 @@ class NoisyNetwork(PyroModule):
             # One operation in the place of several, each way.
             total = -cross_entropy(output, y.long(), reduction="sum", ignore_index=_NO_LABEL)
         else:
-            total = self._observed(output, batch).log_prob(y).sum()
+            total = self.observed(output, batch).log_prob(y).sum()
         return self._multiplicity(batch) * total
 
-    def _observed(self, output: Any, batch: int) -> TorchDistribution:
+    def observed(self, output: Any, batch: int) -> TorchDistribution:
         """Return the distribution of the observations."""
         observed = self.likelihood(output)
+        if not isinstance(observed, torch.distributions.Distribution):
+            raise TypeError(
+                f"likelihood must return the distribution of the observations, but returned {described(observed)}: for "
+                "instance lambda out: pyro.distributions.Normal(out.squeeze(-1), 0.1)"
+            )
         if observed.batch_shape != (batch,):
             raise ValueError(
-                f"the likelihood must be one distribution an example, of batch_shape ({batch},), but it is a "
+                f"the likelihood must be one distribution per example, of batch_shape ({batch},), but it is a "
                 f"{type(observed).__name__} of batch_shape {tuple(observed.batch_shape)}; squeeze the output, or move "
                 "the other dimensions into the event with .to_event(k)"
             )
@@ -181,12 +211,38 @@ class NoisyNetwork(PyroModule):
         """Return how many examples of the data set one of the batch stands for."""
         return 1.0 if self.num_data is None else self.num_data / batch
 
+    def element_shapes(self, x: Inputs) -> dict[str, tuple[int, ...]]:
+        """Return, for each site, the shape of what it multiplies with the structures last and left out.
 
-def element_shapes(model: NoisyNetwork, x: Inputs) -> dict[str, tuple[int, ...]]:
-    """Return, for each site, the shape of what it multiplies with the structures last and left out.
+        Where noise from outside multiplies the inputs of several layers, it is the largest of these. Found by one pass
+        for each shape of the inputs.
+        """
+        key = tuple(each.shape for each in tree_leaves(x) if isinstance(each, Tensor))
+        if key not in self._element_shapes:
+            self._element_shapes[key] = _element_shapes(self, x)
+        return self._element_shapes[key]
 
-    Where noise from outside multiplies the inputs of several layers, it is the largest of these.
-    """
+
+def _checked_weights(kl_weight: Any, sites: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """Return the weight of all sites, and that of each."""
+    if not isinstance(kl_weight, Mapping):
+        return check_number("kl_weight", kl_weight), dict.fromkeys(sites, 1.0)
+    if kl_weight.keys() != set(sites):
+        raise ValueError(f"kl_weight must have a number for each of the sites {sites}, but names {list(kl_weight)}")
+    return 1.0, {site: check_number(f"kl_weight of site {site!r}", kl_weight[site]) for site in sites}
+
+
+def _check_likelihood(likelihood: Any) -> None:
+    wanted = "likelihood must map the network's output to the distribution of the observations, but got "
+    if isinstance(likelihood, nn.modules.loss._Loss):
+        raise TypeError(f"{wanted}the loss {type(likelihood).__name__}; leave it out for class labels")
+    if isinstance(likelihood, torch.distributions.Distribution | type) or not (
+        likelihood is None or callable(likelihood)
+    ):
+        raise TypeError(f"{wanted}{described(likelihood)}; write for instance lambda out: Categorical(logits=out)")
+
+
+def _element_shapes(model: NoisyNetwork, x: Inputs) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(site: str, shape: tuple[int, ...]) -> None:

@@ -4,21 +4,23 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_bmrs.checks import check_integer, check_number, described
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.numerics import may_ask
 from pyro_bmrs.structures.points import NoisePoint, noise_points
 from pyro_bmrs.structures.removal import aligned
 
-__all__ = ["MultiplicativeNoise", "fix_noise", "noise_layers", "supply_noise"]
+__all__ = ["MultiplicativeNoise", "check_not_vectorized", "fix_noise", "noise_layers", "supply_noise"]
 
 
 class MultiplicativeNoise(NoisePoint):
@@ -36,10 +38,13 @@ class MultiplicativeNoise(NoisePoint):
 
     Attributes:
         keep: Buffer of shape ``(size,)``, bool; False where a structure has been removed.
-        kl_weight: Weight of this site's KL relative to the model's, which ``NoisyNetwork`` sets.
+        kl_weight: Weight of this site's KL relative to the model's; the ``kl_weights`` of the ``NoisyNetwork`` made
+            last around this layer hold it.
 
     Raises:
-        ValueError: If ``size`` is not positive or does not fit the prior, or (when called) the input.
+        TypeError: If ``size`` or ``dim`` is no integer, or ``prior`` no distribution.
+        ValueError: If ``size`` is not positive or does not fit the prior, or (when called) the input; or if the prior
+            is not determined by tensors that its class takes as arguments.
 
     References:
         Structured Bayesian Pruning via Log-Normal Multiplicative Noise (Neklyudov et al., 2017)
@@ -53,22 +58,28 @@ class MultiplicativeNoise(NoisePoint):
     """
 
     def __init__(self, size: int, prior: TorchDistribution | None = None, dim: int = 1) -> None:
-        if not (isinstance(size, int) and size > 0):
-            raise ValueError(f"size must be a positive integer, the number of structures, but got {size!r}")
-        super().__init__(size, dim)
+        size = check_integer("size", size, low=1, what="the number of structures")
+        super().__init__(size, check_integer("dim", dim, low=-1000))
+        if self.dim == 0:
+            raise ValueError("dim must not be 0, which indexes examples; neurons and filters are along dimension 1")
         prior = LogUniform() if prior is None else prior
+        if not isinstance(prior, torch.distributions.Distribution):
+            raise TypeError(
+                f"prior must be a distribution, for instance LogUniform(-20, 0), but got {described(prior)}"
+            )
         if prior.event_shape or prior.batch_shape not in (torch.Size(), torch.Size([size])):
             raise ValueError(
                 f"the prior on {size} structures must have batch_shape () or ({size},) and no event dimensions, but "
                 f"got batch_shape {tuple(prior.batch_shape)} and event_shape {tuple(prior.event_shape)}"
             )
         self.site: str | None = None
-        self.kl_weight: float = 1.0
+        self._weights: dict[str | None, float] = {None: 1.0}
         # The prior's parameters are buffers, so that it moves between devices with the network.
         self._prior_type = type(prior)
         self._prior_names = tuple(prior.arg_constraints)
         for name in self._prior_names:
-            self.register_buffer(f"prior_{name}", getattr(prior, name).detach().clone())
+            self.register_buffer(f"prior_{name}", torch.as_tensor(getattr(prior, name)).detach().clone())
+        _check_rebuilt(prior, self._rebuilt_prior)
         self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
         self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
         self._waiting: list[weakref.ref[_Waiting]] = []
@@ -77,8 +88,24 @@ class MultiplicativeNoise(NoisePoint):
     @property
     def prior(self) -> TorchDistribution:
         """The prior on theta, of ``batch_shape`` ``(size,)``, on this module's device."""
+        return self._rebuilt_prior().expand([self.size])
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of this site's KL relative to the model's."""
+        return self._weights.get(self.site, 1.0)
+
+    @kl_weight.setter
+    def kl_weight(self, value: float) -> None:
+        self._weights[self.site] = check_number("kl_weight", value)
+
+    def belong(self, site: str, kl_weights: dict[str, float]) -> None:
+        """Become the site called ``site`` of a model that keeps the weights of its sites' KL in ``kl_weights``."""
+        self.site, self._weights = site, cast(dict[str | None, float], kl_weights)
+
+    def _rebuilt_prior(self) -> TorchDistribution:
         parameters = {name: getattr(self, f"prior_{name}") for name in self._prior_names}
-        return self._prior_type(**parameters, validate_args=False).expand([self.size])
+        return self._prior_type(**parameters, validate_args=False)
 
     def remove(self, removed: Tensor) -> None:
         """Remove the structures where ``removed`` is True, on top of those removed before.
@@ -119,7 +146,7 @@ class MultiplicativeNoise(NoisePoint):
             )
         factors = self.factors()
         if self.site is not None and self.held() is None:
-            factors = self._masked(self.sample())
+            factors = self._masked(self.sample(self.site, self.kl_weight))
         return x if factors is None else self.multiply(x, factors, self.dim)
 
     def multiply(self, x: Tensor, factors: Tensor, dim: int, batch: int | None = None) -> Tensor:
@@ -163,10 +190,17 @@ class MultiplicativeNoise(NoisePoint):
             'granularity="batch"'
         )
 
-    def sample(self) -> Tensor:
-        """Return a draw at this layer's sample site, of shape ``(size,)``; ``NoisyNetwork`` names the site."""
-        assert self.site is not None
-        return self._sample(self.site, self._declaration()[0])
+    def sample(self, site: str, kl_weight: float = 1.0) -> Tensor:
+        """Return a draw at a sample site for this layer's noise, of shape ``(size,)``.
+
+        Args:
+            site: Its name.
+            kl_weight: Scale of its log probability.
+        """
+        if kl_weight == 1:
+            return pyro.sample(site, self._declaration()[0])
+        with poutine.scale(scale=kl_weight):
+            return pyro.sample(site, self._declaration()[0])
 
     def hold(self, theta: Tensor, masked: bool = True) -> None:
         """Take the noise of the forward pass that begins, of shape ``(*leading, size)``, to be masked or as it is."""
@@ -218,12 +252,6 @@ class MultiplicativeNoise(NoisePoint):
     def _masked(self, theta: Tensor) -> Tensor:
         return theta * self.keep if self._declaration()[1] else theta
 
-    def _sample(self, site: str, distribution: TorchDistribution) -> Tensor:
-        if self.kl_weight == 1:
-            return pyro.sample(site, distribution)
-        with poutine.scale(scale=self.kl_weight):
-            return pyro.sample(site, distribution)
-
     def _declaration(self) -> tuple[TorchDistribution, bool]:
         """Return the site's distribution, and whether its noise has to be masked; anew only after ``keep`` changes."""
         version = self.keep._version
@@ -262,6 +290,31 @@ class MultiplicativeNoise(NoisePoint):
 
     def extra_repr(self) -> str:
         return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
+
+
+def check_not_vectorized() -> None:
+    """Raise ``ValueError`` inside a vectorised plate: a network takes one draw of its noise at a time."""
+    for handler in pyro.poutine.runtime._PYRO_STACK:
+        if isinstance(handler, IndepMessenger) and handler.dim is not None and handler.size > 1:
+            raise ValueError(
+                f"the plate {handler.name!r} asks for {handler.size} draws of the noise at once, but a network takes "
+                "one at a time: use Predictive(..., parallel=False) and ELBOs with vectorize_particles=False"
+            )
+
+
+def _check_rebuilt(prior: TorchDistribution, rebuild: Callable[[], TorchDistribution]) -> None:
+    """Raise ``ValueError`` unless a prior is what its class makes of its parameters."""
+    kind = type(prior).__name__
+    try:
+        again = rebuild()
+        same = bool(prior.arg_constraints) and again.batch_shape == prior.batch_shape and again.event_shape == ()
+    except Exception:  # classes refuse their arguments as they like
+        same = False
+    if not same:
+        raise ValueError(
+            f"prior is a {kind}, which cannot be rebuilt from its parameters {list(prior.arg_constraints)}: use a "
+            "LogUniform, TruncatedLogNormal, Beta, Gamma, or another distribution whose class takes just these"
+        )
 
 
 def _is_ordinary_pass() -> bool:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_bmrs.checks import check_integer
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, to_input
 from pyro_bmrs.structures.masks import check_masks
+from pyro_bmrs.structures.pair import check_pair
 
 __all__ = ["predict"]
 
@@ -39,8 +41,12 @@ def predict(
         What the network returns, for all examples, without gradients.
 
     Raises:
-        ValueError: If a mask names no site, or has the wrong shape or dtype.
+        TypeError: If an argument is of another type.
+        ValueError: If the guide is another model's, a mask names no site or has the wrong shape or dtype, or the
+            network cannot take ``x``.
     """
+    check_pair(model, guide)
+    check_integer("batch_size", batch_size, low=1)
     masks = check_masks(masks, model.noise, model.sizes)
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     with evaluating(model), torch.no_grad():

@@ -9,6 +9,7 @@ from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.masks import check_masks
+from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
@@ -50,9 +51,11 @@ def compact(
         The network in eval mode, on the model's device.
 
     Raises:
-        ValueError: If a mask does not fit.
+        TypeError: If ``model``, ``guide`` or ``masks`` is something else.
+        ValueError: If the guide is another model's, or a mask does not fit.
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
     """
+    check_pair(model, guide)
     masks = check_masks(masks, model.noise, model.sizes)
     structures = structures_of(model.net, example_input) if structures is None else structures
     record = structures.record

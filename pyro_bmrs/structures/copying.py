@@ -11,13 +11,17 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["copied", "no_fast_path", "undisturbed"]
 
-Module = TypeVar("Module", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module | tuple[nn.Module, ...])
 
 
 def copied(net: Module) -> Module:
-    """Return a deep copy, also of modules that keep an activation on themselves, which tensors refuse to copy."""
+    """Return a deep copy, also of modules that keep an activation on themselves, which tensors refuse to copy.
+
+    Of several modules at once, what they refer to in common is copied once.
+    """
     memo: dict[int, Any] = {}
-    for module in net.modules():
+    together = net if isinstance(net, tuple) else (net,)
+    for module in (each for root in together for each in root.modules()):
         for value in tree_leaves(dict(vars(module))):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()

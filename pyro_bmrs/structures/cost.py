@@ -165,6 +165,8 @@ def _kept(net: nn.Module, record: Record, masks: Mapping[str, Tensor] | None) ->
     sizes = {site: each.size for site, each in record.sites.items()}
     if masks is None:
         return {site: torch.ones(size, dtype=torch.bool) for site, size in sizes.items()}
+    if isinstance(masks, Mapping) and masks.keys() != sizes.keys():
+        raise ValueError(f"masks must have one entry for each structure of the sites {sizes}, but name {list(masks)}")
     kept = {site: mask.cpu() for site, mask in check_masks(masks, noise_points(net), sizes).items()}
     for site, mask in kept.items():
         if not bool(mask.any()):

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bmrs.checks import described
 from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.inputs import Inputs
+from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.structures.points import Attachment, noise_points
 from pyro_bmrs.structures.removal import cut_tensors, take
 from pyro_bmrs.structures.structure_set import StructureSet
@@ -50,7 +52,8 @@ def shrink(model: "NoisyNetwork", guide: "FlatGuide", optimizer: Optimizer, exam
         the CPU.
 
     Raises:
-        ValueError: If the optimiser remembers something else.
+        TypeError: If ``model``, ``guide`` or ``optimizer`` is something else.
+        ValueError: If the guide is another model's, or the optimiser remembers something else.
         RuntimeError: If a copy, cut first, has other outputs than the masked network. Nothing has been changed then.
 
     Example:
@@ -64,6 +67,9 @@ def shrink(model: "NoisyNetwork", guide: "FlatGuide", optimizer: Optimizer, exam
         >>> net[0]
         Linear(in_features=4, out_features=3, bias=True)
     """
+    check_pair(model, guide)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {described(optimizer)}")
     if bool(guide.keep.all()):
         return {site: torch.arange(size) for site, size in model.sizes.items()}
     return shrink_known(model, guide, optimizer, example_input, structures_of(model.net, example_input))[0]

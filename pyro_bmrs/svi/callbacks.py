@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_fabric import Fabric
 from tqdm.auto import tqdm
 
+from pyro_bmrs.io.files import AtomicFile
+
 if TYPE_CHECKING:
-    from pyro_bmrs.svi.fit import FitResult
+    from pyro_bmrs.svi.result import FitResult
 
 __all__ = ["Callback", "Callbacks", "EnergyTracker", "FabricLoggers", "JSONLines", "ProgressBar"]
 
@@ -58,7 +60,10 @@ class ProgressBar(Callback):
 
 
 class JSONLines(Callback):
-    """Appends the record of each epoch to a file, a line each; a resumed fit goes on where its history ends.
+    """Writes the record of each epoch to a file, one line each; a resumed fit goes on where its history ends.
+
+    A line that could not be written whole, on a full disk or because the process was killed, is written again as soon
+    as that is possible: by the next epoch, or by the fit that resumes.
 
     Args:
         path: File to write.
@@ -66,16 +71,39 @@ class JSONLines(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lines: list[str] = []
+        self._broken = False
 
     def on_start(self, epochs: int, history: list[Record]) -> None:
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+        self._lines = [json.dumps(record) + "\n" for record in history]
+        self._write_all()
 
     def on_epoch_end(self, record: Record) -> None:
+        self._lines.append(json.dumps(record) + "\n")
+        self._try(self._write_all if self._broken else self._append)
+
+    def on_end(self, result: "FitResult") -> None:
+        self._lines = [json.dumps(record) + "\n" for record in result.history]
+        if not self.path.exists() or self.path.read_bytes() != "".join(self._lines).encode():
+            self._try(self._write_all)
+
+    def _append(self) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._lines[-1])
+
+    def _write_all(self) -> None:
+        with AtomicFile(self.path) as temporary:
+            temporary.write_text("".join(self._lines), encoding="utf-8")
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write, unless the disk is full, which does not end the fit."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:  # a full disk must not cost the run
-            warnings.warn(f"{self.path} cannot be written ({error}); the fit goes on", RuntimeWarning, stacklevel=2)
+            write()
+        except OSError as error:
+            self._broken = True
+            warnings.warn(f"{self.path} cannot be written ({error}); the fit goes on", RuntimeWarning, stacklevel=3)
+        else:
+            self._broken = False
 
 
 class EnergyTracker(Callback):

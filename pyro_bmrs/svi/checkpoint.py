@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_bmrs.io.files import AtomicFile
+from pyro_bmrs.svi.fingerprint import fingerprint
 
 __all__ = [
     "State",
@@ -29,7 +30,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
-_FORMAT = "pyro-bmrs-checkpoint/1"
+_FORMAT = "pyro-bmrs-checkpoint/2"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,13 @@ def join(states: Mapping[str, State]) -> State:
 
 
 def part(state: State, name: str) -> State:
-    """Return the state of the object called ``name`` from what ``join`` returned."""
+    """Return the state of the object called ``name`` from what ``join`` returned.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    if name not in state.info:
+        raise ValueError(f"it has lost the state of the {name}")
     prefix = f"{name}/"
     tensors = {key.removeprefix(prefix): tensor for key, tensor in state.tensors.items() if key.startswith(prefix)}
     return State(tensors, state.info[name])
@@ -68,13 +75,20 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> No
     """Give an optimiser back what ``optimizer_tensors`` returned, where its parameters are and laid out like them.
 
     Layout matters: fused optimisers walk through memory.
+
+    Raises:
+        ValueError: If it is of other parameters.
     """
     memory: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, position, name = key.split(".")
             memory.setdefault(int(position), {})[name] = value
-    for i, parameter in enumerate(_parameters(optimizer)):
+    parameters = _parameters(optimizer)
+    for i, values in memory.items():
+        if i >= len(parameters) or any(each.dim() and each.shape != parameters[i].shape for each in values.values()):
+            raise ValueError(f"what the optimiser remembers of parameter {i} does not fit that parameter")
+    for i, parameter in enumerate(parameters):
         if i in memory:
             optimizer.state[parameter] = {
                 name: torch.empty_like(parameter).copy_(value)
@@ -96,7 +110,8 @@ def write_checkpoint(path: Path, state: State) -> None:
             as it was, and the message says where.
     """
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
-    header = {"format": _FORMAT, "info": json.dumps(state.info)}
+    info = json.dumps(state.info)
+    header = {"format": _FORMAT, "info": info, "sha256": _digest(tensors, info)}
     try:
         with AtomicFile(path) as temporary:
             save_file(tensors, temporary, header)
@@ -112,7 +127,7 @@ def read_checkpoint(path: Path) -> State:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is no checkpoint of ours.
+        ValueError: If it is no checkpoint of this version, or damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -121,9 +136,17 @@ def read_checkpoint(path: Path) -> State:
             header = file.metadata() or {}
             if header.get("format") != _FORMAT:
                 raise ValueError(f"{path} is no checkpoint of this version (its format is not {_FORMAT!r})")
-            return State({name: file.get_tensor(name) for name in file.keys()}, json.loads(header["info"]))  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no checkpoint: {error}") from None
+    info = header.get("info", "")
+    if header.get("sha256") != _digest(tensors, info):
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum; start again in another folder")
+    return State(tensors, json.loads(info))
+
+
+def _digest(tensors: Mapping[str, Tensor], info: str) -> str:
+    return fingerprint([info, *sorted(tensors), *(tensors[name] for name in sorted(tensors))])
 
 
 def _flush(path: Path) -> None:

@@ -2,19 +2,36 @@
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["check_precision", "keep_freed_memory", "make_fabric", "place", "resolve_device"]
+from pyro_bmrs.checks import described
+
+__all__ = ["check_dtypes", "check_precision", "keep_freed_memory", "make_fabric", "place", "resolve_device"]
 
 _LARGEST_KEPT = 2**25 - 2**13  # bytes; glibc does not keep more
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device called ``device``; ``"auto"`` is CUDA where there is one, else the CPU."""
-    if device == "auto":
+    """Return the device called ``device``; ``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        TypeError: If it is no name of a device.
+        ValueError: If there is no such device here.
+    """
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f'device must be "auto", "cpu", "cuda" or a torch.device, but got {described(device)}')
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if found is None or (found.index or 0) >= available.get(found.type, 0):
+        here = ", ".join(f"{count} {name}" for name, count in available.items() if count)
+        raise ValueError(f"device is {str(device)!r}, but the devices here are {here}")
+    return found
 
 
 def make_fabric(device: str | torch.device, precision: str) -> Fabric:
@@ -31,11 +48,28 @@ def make_fabric(device: str | torch.device, precision: str) -> Fabric:
 
 def check_precision(precision: str) -> None:
     """Raise ``ValueError`` unless posterior and weights stay in float32 or better."""
-    if precision not in _PRECISIONS:
+    if not (isinstance(precision, str) and precision in _PRECISIONS):
         raise ValueError(
             f"precision must be one of {', '.join(_PRECISIONS)}, but got {precision!r}: posterior parameters lose the "
             "digits that decide in anything below float32"
         )
+
+
+def check_dtypes(model: nn.Module, guide: nn.Module, precision: str) -> None:
+    """Raise ``ValueError`` unless weights and posterior are of dtypes that can be fitted with ``precision``."""
+    for name, module in (("model", model), ("guide", guide)):
+        for parameter_name, parameter in module.named_parameters():
+            kept = torch.finfo(parameter.dtype).bits if parameter.is_floating_point() or parameter.is_complex() else 0
+            if parameter.requires_grad and kept < 32:
+                raise ValueError(
+                    f"parameter {parameter_name!r} of the {name} is of {parameter.dtype}, which loses the digits that "
+                    f'decide: use {name}.float(), and precision="bf16-mixed" for speed'
+                )
+            if precision == "64-true" and 0 < kept < 64:
+                raise ValueError(
+                    f'precision is "64-true", but parameter {parameter_name!r} of the {name} is of {parameter.dtype}: '
+                    "use model.double() and guide.double(), and data of float64"
+                )
 
 
 def place(tensor: Tensor, device: torch.device) -> Tensor:

@@ -9,13 +9,14 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from pyro_bmrs.checks import check_integer
 from pyro_bmrs.model.guides.flat import FlatGuide
-from pyro_bmrs.model.network import NoisyNetwork, element_shapes
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.inputs import batch_size
+from pyro_bmrs.structures.pair import check_pair
 
-__all__ = ["Granularity", "MeanFieldELBO"]
+__all__ = ["Granularity", "MeanFieldELBO", "ObservedLogProb", "check_lean"]
 
 Granularity = Literal["example", "batch", "element"]
 
@@ -25,15 +26,16 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     .. math:: \mathcal{L} = \lambda\, KL(q(\theta) \| p(\theta)) - \frac{N}{B} \sum_i E_q[\log p(y_i \mid x_i, \theta)]
 
-    Loss and gradients are those of Pyro's ``TraceMeanField_ELBO``. With a ``FlatGuide`` they come from
-    one draw and one KL for all sites; any other guide takes Pyro's own path. Use it with ``pyro.infer.SVI``, or as
+    Loss and gradients are those of Pyro's ``TraceMeanField_ELBO``. With a ``NoisyNetwork`` and its ``FlatGuide`` they
+    come from one draw and one KL for all sites; any other pair takes Pyro's own path, and so does a subclass of these
+    that has a ``forward`` of its own. Use it with ``pyro.infer.SVI``, or as
     a module: ``elbo = MeanFieldELBO()(model, guide); elbo(x, y).backward()``.
 
     Args:
         granularity: How often noise is drawn. ``"example"``: every example has its own, which leaves the
             objective as it is and makes its gradient far less noisy. ``"batch"``: one draw a batch, Pyro's plain
             meaning. ``"element"``: one for every element of a layer's input (each position of a feature map), the
-            paper's reference code. Guides other than ``FlatGuide`` draw once a batch.
+            paper's reference code. On Pyro's own path noise is drawn once per batch.
         num_particles: Number of draws averaged.
 
     Raises:
@@ -48,27 +50,31 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     """
 
     def __init__(self, granularity: Granularity = "example", num_particles: int = 1) -> None:
-        super().__init__(num_particles=num_particles)
+        super().__init__(num_particles=check_integer("num_particles", num_particles, low=1))
         if granularity not in ("example", "batch", "element"):
             raise ValueError(f'granularity must be "example", "batch" or "element", but got {granularity!r}')
         self.granularity = granularity
-        self._element_shapes: dict[tuple[torch.Size, ...], dict[str, tuple[int, ...]]] = {}
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as a tensor of shape ``()`` to call ``backward`` on."""
-        if not isinstance(guide, FlatGuide):
+        if not is_lean(model, guide):
             return super().differentiable_loss(model, guide, *args, **kwargs)
         kl, log_likelihood = self.terms(model, guide, *args, **kwargs)
         return model.kl_weight * kl - log_likelihood
 
     def terms(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the unweighted KL and the expected log likelihood of the whole data set, each of shape ``()``."""
+        """Return the unweighted KL and the expected log likelihood of the whole data set, each of shape ``()``.
+
+        Raises:
+            TypeError, ValueError: If the guide is not that of the model.
+        """
+        check_pair(model, guide)
         particles = [self._particle(model, guide, *args, **kwargs) for _ in range(self.num_particles)]
         return guide.kl(), torch.stack(particles).mean()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Accumulate gradients and return the loss; this is what ``SVI.step`` calls."""
-        if not isinstance(guide, FlatGuide):
+        if not is_lean(model, guide):
             return super().loss_and_grads(model, guide, *args, **kwargs)
         _declare_parameters(model)
         _declare_parameters(guide)
@@ -78,14 +84,14 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the loss without gradients."""
-        if not isinstance(guide, FlatGuide):
+        if not is_lean(model, guide):
             return super().loss(model, guide, *args, **kwargs)
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def _particle(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> Tensor:
         draws = self._draw(model, guide, *args, **kwargs)
-        with _ObservedLogProb() as observed:
+        with ObservedLogProb() as observed:
             log_likelihood = model.log_likelihood(*args, **{**kwargs, "noise": draws})
         return log_likelihood + observed.total
 
@@ -95,17 +101,42 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         x = args[0] if args else kwargs["x"]
         if self.granularity == "example":
             return guide.draw((batch_size(x),))
-        key = tuple(each.shape for each in tree_leaves(x) if isinstance(each, Tensor))
-        if key not in self._element_shapes:
-            self._element_shapes[key] = element_shapes(model, x)
-        shapes = self._element_shapes[key]
+        shapes = model.element_shapes(x)
         return {site: q.rsample(shapes[site]) for site, q in guide.posterior().items()}
 
 
-class _ObservedLogProb(Messenger):
+def is_lean(model: Any, guide: Any) -> bool:
+    """Return whether model and guide are programs that the library knows, so that it need not run them by Pyro."""
+    return (
+        isinstance(model, NoisyNetwork)
+        and isinstance(guide, FlatGuide)
+        and not (own_programs(model, NoisyNetwork) or own_programs(guide, FlatGuide))
+    )
+
+
+def own_programs(module: PyroModule, base: type[PyroModule]) -> list[str]:
+    """Return what of a subclass's, or an instance's, own changes the program that ``base`` is."""
+    changing = ("forward", "__call__", "log_likelihood")
+    methods = [name for name in changing if getattr(type(module), name, None) is not getattr(base, name, None)]
+    set_later = [name for name in ("forward", "log_likelihood") if name in vars(module)]
+    hooks = ["forward hooks"] if module._forward_hooks or module._forward_pre_hooks else []
+    return [*methods, *set_later, *hooks]
+
+
+def check_lean(model: NoisyNetwork, guide: FlatGuide) -> None:
+    """Raise ``TypeError`` if model or guide is a program of its user's own, which only Pyro can run."""
+    for name, module, base in (("model", model, NoisyNetwork), ("guide", guide, FlatGuide)):
+        if own := own_programs(module, base):
+            raise TypeError(
+                f"the {name} is a {type(module).__name__} with {', '.join(own)} of its own, which fit does not run: "
+                "put what it adds into the network or the likelihood, or train with pyro.infer.SVI and MeanFieldELBO()"
+            )
+
+
+class ObservedLogProb(Messenger):
     """Sum the log probabilities of what else is observed, and refuse latent sites that the guide does not know."""
 
-    def __enter__(self) -> "_ObservedLogProb":
+    def __enter__(self) -> "ObservedLogProb":
         self.total: Any = 0.0
         return super().__enter__()
 

@@ -19,10 +19,11 @@ from pyro_bmrs.svi.callbacks import Callback, Callbacks, ProgressBar
 from pyro_bmrs.svi.data import Data, check_data, check_observations
 from pyro_bmrs.svi.devices import resolve_device
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING, FitResult
+from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.replicas import ReplicaTrainer
+from pyro_bmrs.svi.result import FitResult
 from pyro_bmrs.svi.schedule import Continuous, Rates
 
 __all__ = ["Replica", "fit_ensemble"]

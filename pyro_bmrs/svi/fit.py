@@ -1,14 +1,9 @@
 """Fitting: stochastic variational inference, pruning, and fine-tuning of what remains."""
 
-import json
 import math
-import re
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -16,53 +11,40 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from pyro_bmrs.checks import check_flag, check_integer, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.structures.refusal import Unremovable, removable_structures
+from pyro_bmrs.structures.pair import check_pair
+from pyro_bmrs.structures.refusal import Unremovable, check_structures, removable_structures
 from pyro_bmrs.structures.structure_set import StructureSet
+from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
-from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
-from pyro_bmrs.svi.data import Data, check_data, check_observations
-from pyro_bmrs.svi.devices import check_precision, make_fabric
-from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.data import Data, check_data, check_observations, check_sites
+from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric, place
+from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO, check_lean
+from pyro_bmrs.svi.fingerprint import fingerprint, network_fingerprint
+from pyro_bmrs.svi.isolation import isolated, local_seed
 from pyro_bmrs.svi.pruner import Pruner
-from pyro_bmrs.svi.schedule import Continuous, PostTraining, Rates, check_numbers
+from pyro_bmrs.svi.result import FitResult, FitWarning
+from pyro_bmrs.svi.run import Run, make_plan
+from pyro_bmrs.svi.run_folder import RunFolder
+from pyro_bmrs.svi.schedule import Continuous, PostTraining, Rates
 from pyro_bmrs.svi.training import Trainer
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["fit"]
 
 DEFAULT_CRITERION = BMRS_N(prior_log_odds=math.log(3))
 DEFAULT_PRUNING = Continuous()
 
+_FITTED = (
+    "the model has been fitted before: this fit goes on from there, without the structures removed then; make model "
+    "and guide anew for a fresh start"
+)
 
-@dataclass(frozen=True)
-class FitResult:
-    """What ``fit`` returns; the model and the guide themselves are fitted in place.
-
-    Attributes:
-        masks: For each site a bool tensor of shape ``(size,)``, True = kept, in the numbering of the network that was
-            given to ``fit``. Where the fit has shrunk it, ``compact(model, guide, None, ...)`` takes the model's own.
-        scores: For each site the criterion's score of each structure when it was last judged, of shape ``(size,)``;
-            removed where >= 0. Empty if nothing was judged.
-        history: One record an epoch: ``epoch``, ``phase``, ``loss`` (nats an example), ``kl`` (nats), ``kl_weight``,
-            ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
-            ``log_likelihood_validation`` (nats an example) and, for class labels, ``accuracy_validation``.
-        seconds: Wall time of the whole fit, all sessions of a resumed one together.
-    """
-
-    masks: dict[str, Tensor]
-    scores: dict[str, Tensor]
-    history: list[dict[str, Any]]
-    seconds: float
-
-    @property
-    def compression(self) -> float:
-        """Fraction of the trainable weights and biases that the masks remove."""
-        return self.history[-1]["compression"] if self.history else 0.0
+Pair = tuple[Tensor, Tensor]
 
 
 def fit(
@@ -101,16 +83,17 @@ def fit(
     cosine to zero: the weights' over all epochs, the posterior's over those with noise.
 
     Args:
-        model: The model; its ``num_data`` is filled in if None. Fitted in place, and left in eval mode.
+        model: The model. Fitted in place, and left in eval mode. Its ``num_data`` stands for the size of ``train``
+            while it is None; any other number is used as it is.
         guide: Its guide. Fitted in place.
-        train: Inputs ``(n, ...)`` and observations ``(n, ...)``, as a pair of tensors or a ``TensorDataset``. Inputs
-            of dtype uint8 are kept as they are until used, and then divided by 255.
+        train: Inputs ``(n, ...)`` and observations ``(n, ...)``, as a pair of tensors or NumPy arrays, or a
+            ``TensorDataset``. Inputs of dtype uint8 are kept as they are until used, and then divided by 255.
         validation: The same, to report on after every epoch; never used to decide anything.
         criterion: What to remove; None removes nothing.
         pruning: When to remove: ``Continuous()`` or ``PostTraining()``.
         epochs: Epochs with noise.
         fine_tune_epochs: Epochs without (of post-training pruning: after the last level).
-        batch_size: At most this many examples a step, over all processes.
+        batch_size: At most this many examples per step, over all processes; all of them if there are fewer.
         lr: Initial learning rate of the weights.
         posterior_lr: Initial learning rate of the posterior's parameters, in units of :math:`\log\theta`;
             by default 50 times ``lr``: locations have to travel, weights do not.
@@ -120,8 +103,9 @@ def fit(
         decay: Whether learning rates decay along the cosine; otherwise they stay as they are.
         granularity: How often noise is drawn, see ``MeanFieldELBO``.
         device: ``"auto"`` takes CUDA if there is a device.
-        precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; posterior and KL stay in float32
-            or better.
+        precision: ``"32-true"``: everything in the dtype of the model, float32 or float64. ``"64-true"``: the same,
+            and the model must be of float64. ``"bf16-mixed"`` or ``"16-mixed"``: the network computes in less;
+            weights, posterior and KL stay as they are.
         fabric: A launched ``lightning_fabric.Fabric`` instead of ``device`` and ``precision``: several processes (DDP,
             under torchrun or SLURM too) and loggers (TensorBoard, W&B). Every process calls ``fit`` with the same
             arguments and gets the same result; each draws its own noise.
@@ -136,247 +120,224 @@ def fit(
         folder: Where to keep ``metrics.jsonl``, a line an epoch, and ``checkpoint/fit.safetensors``.
         checkpoint_every: Epochs between checkpoints; there is always one at the end.
         resume: Whether to go on from the checkpoint in ``folder``, if there is one, to the same result, to the bit on
-            a CPU, as a fit without interruption. One that is finished is only read.
+            a CPU, as a fit without interruption. One that is finished is only read. The checkpoint must be of a fit
+            with these arguments, data, network, likelihood and criterion.
 
     Returns:
         Masks, last scores and the history.
 
+    Fits run one at a time: one in another thread waits. If a fit fails or is interrupted, train modes,
+    ``requires_grad`` and the random state are as before it; weights and posterior are as far as it has got.
+
     Raises:
-        TypeError, ValueError: If the data or an argument does not fit; before training starts.
+        TypeError, ValueError: If the data or an argument does not fit; before training starts, and with everything of
+            the caller's as it was.
         FloatingPointError: If the loss, a gradient or a parameter stops being finite; names the step, what is not
             finite, and the last good checkpoint.
         FileExistsError: If there is a checkpoint in ``folder`` already and ``resume`` is False.
-        OSError: If a checkpoint cannot be written; the last good one stays.
+        RuntimeError: If another fit is running in ``folder``, or the same model is being fitted by the fit that calls
+            this one.
+        OSError: If ``folder`` cannot be written to.
+
+    Warns:
+        FitWarning: If the model has been fitted before, ``num_data`` is not the size of ``train``, or the fit ends
+            with nothing to show for it.
     """
-    plan = _plan(epochs, pruning, fine_tune_epochs)
-    levels = len(plan) - epochs - fine_tune_epochs
+    check_model_and_guide(model, guide)
+    check_choices(criterion, pruning, callbacks)
+    plan = make_plan(epochs, pruning, fine_tune_epochs)
+    levels = sum(planned.phase == "post-training" for planned in plan)
     rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, levels, decay)
-    check_numbers(positive={"checkpoint_every": checkpoint_every}, not_negative={})
-    x, y = check_data(train, "train")
-    held_out = None if validation is None else check_data(validation, "validation")
+    check_trained(model, guide, levels + fine_tune_epochs)
+    check_numbers(batch_size=batch_size, checkpoint_every=checkpoint_every, seed=seed)
+    _check_switches(compile, progress, resume, folder, pruning)
+    elbo = MeanFieldELBO(granularity)
     fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
-    if not fabric.world_size <= batch_size <= len(x):
-        raise ValueError(
-            f"batch_size must lie between {fabric.world_size} and the {len(x)} training examples, but got {batch_size}"
-        )
-    model.num_data = len(x) if model.num_data is None else model.num_data
-    model.to(fabric.device)
-    guide.to(fabric.device)
-    settings = {
-        "criterion": re.sub(" at 0x[0-9a-f]+", "", repr(criterion)),
-        "pruning": repr(pruning),
-        "rates": repr(rates),
-        "batch_size": batch_size,
-        "granularity": granularity,
-        "kl_weight": {site: model.kl_weight * layer.kl_weight for site, layer in model.noise.items()},
-        "num_data": model.num_data,
-        "sizes": model.sizes,
-        "processes": fabric.world_size,
-        "precision": fabric.strategy.precision.precision,
-        "seed": seed,
-    }
-    if resume and folder is None:
-        raise ValueError("resume=True needs the folder whose checkpoint to go on from")
-    if compile and isinstance(pruning, Continuous) and pruning.shrink:
-        raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
-    path = None if folder is None else _checkpoint_path(Path(folder), resume)
-    listeners = [FabricLoggers(fabric), *callbacks]
-    if folder is not None:
-        listeners.append(JSONLines(Path(folder) / "metrics.jsonl"))
-    if progress:
-        listeners.append(ProgressBar())
-    with _local_settings(seed, fabric) as order, closing(Callbacks(listeners if fabric.is_global_zero else [])) as told:
-        check_observations(model, x, y, "train")
-        if held_out is not None:
-            check_observations(model, *held_out, "validation")
-            held_out = (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
-        first = (to_input(x[:batch_size].to(fabric.device), model.net), y[:batch_size].to(fabric.device))
-        known = removable_structures(model.net, first[0][:2], structures, unremovable)
-        pruner = Pruner(model, guide, criterion, first, known)
-        history = History(model, guide, pruner, held_out)
-        trainer = Trainer(fabric, model, guide, MeanFieldELBO(granularity), (x, y), batch_size, rates, order, compile)
-        run = _Run(model, guide, trainer, pruner, history, settings, path)
-        if path is not None and path.exists():
-            run.resume()
-        if run.position < len(plan):
-            told.on_start(len(plan), history.entries)
-            run.go(plan, pruning, rates.kl_warmup_epochs, checkpoint_every, told)
-        model.eval()
-        result = FitResult(pruner.masks, pruner.scores, history.entries, run.seconds)
-        told.on_end(result)
+    check_dtypes(model, guide, fabric.strategy.precision.precision)
+    check_structures(model.net, structures)
+    data, held_out = check_data_sets(model, train, validation)
+    batch_size = _clamped(batch_size, len(data[0]), fabric)
+    run_folder = None if folder is None else RunFolder(folder, fabric, resume)
+    listeners = _listeners(fabric, callbacks, run_folder, progress)
+    with isolated([model, guide]), counting_examples(model, len(data[0])):
+        settings: dict[str, Any] = {
+            "pruning": repr(pruning),
+            "rates": repr(rates),
+            "batch_size": batch_size,
+            "granularity": granularity,
+            "processes": fabric.world_size,
+            "precision": fabric.strategy.precision.precision,
+            "seed": seed,
+        }
+        if run_folder is not None:
+            settings |= fingerprints(model, guide, criterion, data, held_out)
+        first = data[0][:batch_size], data[1][:batch_size]
+        x, y = _on(first, model, guide.device)
+        known = removable_structures(model.net, x[:2], structures, unremovable)
+        Pruner(model, guide, criterion, (x, y), known).check_criterion()
+        shared = fabric.broadcast(int(torch.randint(2**31, ())) if seed is None else seed)
+        with (
+            local_seed(shared + fabric.global_rank, [fabric.device]),
+            run_folder or nullcontext(),
+            closing(Callbacks(listeners)) as heard,
+        ):
+            model.to(fabric.device)
+            guide.to(fabric.device)
+            order = torch.Generator().manual_seed(shared)
+            placed = place(data[0], fabric.device), place(data[1], fabric.device)
+            pruner = Pruner(model, guide, criterion, _on(first, model, fabric.device), known)
+            trainer = Trainer(fabric, model, guide, elbo, placed, batch_size, rates, order, compile)
+            validated = None if held_out is None else (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
+            run = Run(trainer, pruner, validated, settings, run_folder)
+            advice = Advice(run)
+            if run_folder is not None and run_folder.checkpoint.exists():
+                run.resume(plan)
+            elif model.fitted:
+                warnings.warn(_FITTED, FitWarning, stacklevel=2)
+            if run.position < len(plan):
+                heard.on_start(len(plan), run.history.entries)
+                model.fitted = True
+                run.go(plan, pruning, checkpoint_every, heard)
+            model.eval()
+            result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds)
+            heard.on_end(result)
+            advice.give()
     return result
 
 
-def _check_fabric(fabric: Fabric) -> Fabric:
+def check_model_and_guide(model: NoisyNetwork, guide: FlatGuide) -> None:
+    """Raise unless model and guide belong together and are programs that a fit can run."""
+    check_pair(model, guide)
+    check_lean(model, guide)
+    guide.check_priors()
+
+
+def check_choices(criterion: Any, pruning: Any, callbacks: Any) -> None:
+    """Raise ``TypeError`` unless these are what their names say."""
+    if not (criterion is None or isinstance(criterion, Criterion)):
+        raise TypeError(
+            f"criterion must be a Criterion, for instance BMRS_N(), or None, but got {described(criterion)}"
+        )
+    if not isinstance(pruning, Continuous | PostTraining):
+        raise TypeError(f"pruning must be Continuous() or PostTraining(), but got {described(pruning)}")
+    if not (isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)):
+        wrong = (
+            next((each for each in callbacks if not isinstance(each, Callback)), None)
+            if isinstance(callbacks, Sequence)
+            else callbacks
+        )
+        raise TypeError(f"callbacks must be a sequence of Callback, but got {described(wrong)}")
+
+
+def check_trained(model: NoisyNetwork, guide: FlatGuide, fine_tune_epochs: int) -> None:
+    """Raise ``ValueError`` where epochs would have nothing to train."""
+    weights = any(parameter.requires_grad for parameter in model.parameters())
+    if not weights and fine_tune_epochs:
+        raise ValueError(
+            f"all weights of the model are frozen, so {fine_tune_epochs} epochs without noise have nothing to train: "
+            "use fine_tune_epochs=0 and pruning=Continuous()"
+        )
+    if not all(parameter.requires_grad for parameter in guide.parameters()):
+        raise ValueError("parameters of the guide are frozen (requires_grad=False): a fit trains them all")
+
+
+def check_numbers(seed: Any, **positive: Any) -> None:
+    """Raise unless ``seed`` is None or a seed of torch's generators, and the other arguments are positive integers."""
+    if seed is not None:
+        check_integer("seed", seed, low=0, high=2**63 - 1)
+    for name, value in positive.items():
+        check_integer(name, value, low=1)
+
+
+def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any) -> None:
+    for name, flag in (("compile", compiled), ("progress", progress), ("resume", resume)):
+        check_flag(name, flag)
+    if resume and folder is None:
+        raise ValueError("resume=True needs the folder whose checkpoint to go on from")
+    if compiled and isinstance(pruning, Continuous) and pruning.shrink:
+        raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
+
+
+def fingerprints(
+    model: NoisyNetwork, guide: FlatGuide, criterion: Criterion | None, data: Pair, held_out: Pair | None
+) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the problem that it belongs to, by name."""
+    priors = {f"{site}.{name}": each for site, layer in model.noise.items() for name, each in layer.named_buffers()}
+    return {
+        "criterion": fingerprint(criterion),
+        "kl_weight": {site: model.kl_weight * weight for site, weight in model.kl_weights.items()},
+        "num_data": model.num_data,
+        "sizes": model.sizes,
+        "train": [fingerprint(each) for each in data],
+        "validation": None if held_out is None else [fingerprint(each) for each in held_out],
+        "network": network_fingerprint(model.net),
+        "likelihood": fingerprint(model.likelihood),
+        "guide": f"{type(guide).__module__}.{type(guide).__qualname__}",
+        "priors": {name: fingerprint(each) for name, each in priors.items() if ".prior_" in name},
+    }
+
+
+def check_data_sets(model: NoisyNetwork, train: Any, validation: Any) -> tuple[Pair, Pair | None]:
+    """Return training and validation data as tensors that model and likelihood take."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    data = check_data(train, "train", dtype)
+    held_out = None if validation is None else check_data(validation, "validation", dtype)
+    with pyro.validation_enabled(False):  # numbers that are not finite are for the fit to name
+        check_observations(model, *data, "train")
+        check_sites(model, data[0])
+        if held_out is not None:
+            check_observations(model, *held_out, "validation")
+    return data, held_out
+
+
+@contextmanager
+def counting_examples(model: NoisyNetwork, size: int) -> Iterator[None]:
+    """Have ``model`` count ``size`` examples while it is fitted, if it has no number of its own."""
+    if model.num_data is not None:
+        if model.num_data != size:
+            warnings.warn(
+                f"num_data of the model is {model.num_data}, but train has {size} examples: the likelihood counts as "
+                f"{model.num_data} examples; leave num_data out to have it count as {size}",
+                FitWarning,
+                stacklevel=4,
+            )
+        yield
+        return
+    model.num_data = size
+    try:
+        yield
+    finally:
+        model.num_data = None
+
+
+def _clamped(batch_size: int, examples: int, fabric: Fabric) -> int:
+    """Return the size of a batch of all processes, of which each needs an example."""
+    if min(batch_size, examples) < fabric.world_size:
+        raise ValueError(
+            f"batch_size must be at least 1 for each of {fabric.world_size} processes, but got {batch_size} for "
+            f"{examples} examples"
+        )
+    return min(batch_size, examples)
+
+
+def _listeners(
+    fabric: Fabric, callbacks: Sequence[Callback], folder: RunFolder | None, progress: bool
+) -> list[Callback]:
+    """Return all that listens to the fit, in the first process."""
+    if not fabric.is_global_zero:
+        return []
+    own = [] if folder is None else [JSONLines(folder.metrics)]
+    return [FabricLoggers(fabric), *callbacks, *own, *([ProgressBar()] if progress else [])]
+
+
+def _check_fabric(fabric: Any) -> Fabric:
+    if not isinstance(fabric, Fabric):
+        raise TypeError(f"fabric must be a lightning_fabric.Fabric, but got {described(fabric)}")
     check_precision(fabric.strategy.precision.precision)
     if fabric.world_size > 1 and not torch.distributed.is_initialized():
         raise ValueError(f"the Fabric of {fabric.world_size} processes is not launched: call fabric.launch() first")
     return fabric
 
 
-def _checkpoint_path(folder: Path, resume: bool) -> Path:
-    path = folder / "checkpoint" / "fit.safetensors"
-    if path.exists() and not resume:
-        raise FileExistsError(
-            f"{path} is the checkpoint of an earlier fit: go on from it with resume=True, or choose another folder"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@contextmanager
-def _local_settings(seed: int | None, fabric: Fabric) -> Iterator[torch.Generator]:
-    """Seed noise and data order, and switch off validation of what has been validated already, for a fit only.
-
-    Yields the generator of the data order, which all processes share; their noise has a seed each.
-    """
-    drawn = int(torch.randint(2**31, ())) if seed is None else seed
-    shared = fabric.broadcast(drawn)
-    devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), pyro.validation_enabled(False):
-        torch.manual_seed(shared + fabric.global_rank)
-        yield torch.Generator().manual_seed(shared)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One epoch to come: its phase, and for post-training pruning the level before it and its own."""
-
-    phase: str
-    before: float | None = None
-    level: float | None = None
-
-
-_NOISY = _Planned("noisy")
-
-
-def _plan(epochs: int, pruning: Continuous | PostTraining, fine_tune_epochs: int) -> list[_Planned]:
-    plan = [_NOISY] * epochs
-    if isinstance(pruning, PostTraining):
-        for before, level in zip((None, *pruning.levels), pruning.levels, strict=False):
-            plan += [_Planned("post-training", before, level)] * pruning.epochs_per_level
-    return plan + [_Planned("fine-tune")] * fine_tune_epochs
-
-
-class _Run:
-    """A fit under way: what to do next, and the state that a checkpoint keeps."""
-
-    def __init__(
-        self,
-        model: NoisyNetwork,
-        guide: FlatGuide,
-        trainer: Trainer,
-        pruner: Pruner,
-        history: History,
-        settings: dict[str, Any],
-        path: Path | None,
-    ) -> None:
-        self.model, self.guide, self.trainer, self.pruner, self.history = model, guide, trainer, pruner, history
-        self.settings, self.path = settings, path
-        self.position, self._saved_at = 0, 0
-        self._started, self._seconds_before = time.perf_counter(), 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._started
-
-    def go(
-        self,
-        plan: list[_Planned],
-        pruning: Continuous | PostTraining,
-        kl_warmup_epochs: int,
-        checkpoint_every: int,
-        told: Callback,
-    ) -> None:
-        """Run the epochs of the plan from where we are."""
-        noisy = plan.count(_NOISY)
-        if self.position == noisy == 0:
-            self._end_noise(pruning)
-        try:
-            while self.position < len(plan):
-                record = self._epoch(plan[self.position], pruning, kl_warmup_epochs, told)
-                self.position += 1
-                if self.position == noisy:
-                    self._end_noise(pruning)
-                if record is not None:
-                    told.on_epoch_end(record)
-                if self.position % checkpoint_every == 0 or self.position == len(plan):
-                    self._save()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}. Lower lr or posterior_lr{self._last_good()}") from None
-
-    def _epoch(
-        self, planned: _Planned, pruning: Continuous | PostTraining, kl_warmup_epochs: int, told: Callback
-    ) -> dict[str, Any] | None:
-        epoch = self.position + 1
-        if planned == _NOISY:
-            loss = self.trainer.noisy_epoch()
-            if isinstance(pruning, Continuous) and pruning.is_due(epoch, kl_warmup_epochs):
-                told.on_pruning(epoch, self.pruner.remove_supported())
-                if pruning.shrink and self.pruner.shrink(self.trainer.optimizer):
-                    self.trainer.network_changed()
-            return self.history.record("noisy", loss)
-        if planned.level is None:
-            return self.history.record("fine-tune", self.trainer.fine_tune_epoch())
-        if self.pruner.is_exhausted(planned.before):
-            return None
-        removed = self.pruner.remove_to(planned.level)
-        if sum(removed.values()):
-            told.on_pruning(epoch - 1, removed)
-        loss = self.trainer.fine_tune_epoch()
-        return self.history.record("post-training", loss, level=planned.level, removed=self.pruner.count(planned.level))
-
-    def _end_noise(self, pruning: Continuous | PostTraining) -> None:
-        self.pruner.restore_removed()
-        if isinstance(pruning, PostTraining):
-            self.pruner.rank(pruning)
-
-    def _save(self) -> None:
-        """Write a checkpoint; a disk that fails us costs the checkpoint, not the run."""
-        if self.path is None:
-            return
-        of_fit = {"position": self.position, "seconds": self.seconds, "settings": self.settings}
-        state = join(
-            {
-                "fit": State(self.pruner.positions, of_fit),
-                "model": State(self.model.state_dict()),
-                "guide": State(self.guide.state_dict()),
-                "trainer": self.trainer.state(),
-                "pruner": self.pruner.state(),
-                "history": self.history.state(),
-            }
-        )
-        if not self.trainer.fabric.is_global_zero:
-            return
-        try:
-            write_checkpoint(self.path, state)
-        except OSError as error:
-            warnings.warn(f"{error}; the fit goes on", RuntimeWarning, stacklevel=5)
-        else:
-            self._saved_at = len(self.history.entries)
-
-    def resume(self) -> None:
-        """Take up the state that the checkpoint keeps.
-
-        Raises:
-            ValueError: If it is of a fit with other settings.
-        """
-        assert self.path is not None
-        state = read_checkpoint(self.path)
-        of_fit = part(state, "fit")
-        then, now = of_fit.info["settings"], json.loads(json.dumps(self.settings))
-        changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
-        if changed:
-            raise ValueError(f"{self.path} is of a fit with other settings: {'; '.join(changed)}")
-        self.pruner.shrink_to(of_fit.tensors, self.trainer.optimizer)
-        self.model.load_state_dict(part(state, "model").tensors)
-        self.guide.load_state_dict(part(state, "guide").tensors)
-        for each, name in ((self.pruner, "pruner"), (self.history, "history"), (self.trainer, "trainer")):
-            each.restore(part(state, name))
-        self.position, self._seconds_before = of_fit.info["position"], of_fit.info["seconds"]
-        self._saved_at = len(self.history.entries)
-
-    def _last_good(self) -> str:
-        if not self._saved_at:
-            return ""
-        return f"; the last good checkpoint, {self.path}, is of the end of epoch {self._saved_at}"
+def _on(batch: Pair, model: NoisyNetwork, device: torch.device) -> Pair:
+    return to_input(batch[0].to(device), model.net), batch[1].to(device)

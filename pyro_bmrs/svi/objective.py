@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.svi.elbo import MeanFieldELBO
+from pyro_bmrs.svi.elbo import MeanFieldELBO, ObservedLogProb
 
 __all__ = ["FixedNoiseObjective", "NoisyObjective"]
 
@@ -58,4 +58,6 @@ class FixedNoiseObjective(nn.Module):
     def forward(self, x: Tensor, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
         """Return the loss of a batch, of shape ``()``; ``kl_weight`` has nothing to weigh."""
         values = {site: self.get_buffer(f"theta{i}") for i, site in enumerate(self.sites)}
-        return -share * self.model.likelihood(self.model.run(x, values)).log_prob(y).mean()
+        with ObservedLogProb() as observed:
+            log_prob = self.model.likelihood(self.model.run(x, values)).log_prob(y).mean()
+        return -share * log_prob - observed.total / (self.model.num_data or len(y))

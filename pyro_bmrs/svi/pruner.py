@@ -1,5 +1,6 @@
 """Asking the criterion, and removing what it says."""
 
+import copy
 import itertools
 import math
 import warnings
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from pyro_bmrs.criteria import Criterion, PruningContext
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.structures.shrink import shrink_known
 from pyro_bmrs.structures.structure_set import StructureSet
@@ -61,6 +63,17 @@ class Pruner:
         """The original index of each structure that is physically there, by site."""
         return {site: layer.index for site, layer in self.model.noise.items()}
 
+    def check_criterion(self) -> None:
+        """Raise unless the criterion scores every structure; the random state is left alone.
+
+        Raises:
+            TypeError, ValueError: If what it returns are no scores.
+        """
+        if self.criterion is not None:
+            devices = [self.guide.device] if self.guide.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), evaluating(self.model):
+                self._scores(copy.deepcopy(self.criterion))  # which may count how often it is asked
+
     def remove_supported(self) -> dict[str, int]:
         """Remove what the criterion supports removing, and return how many that were for each site."""
         if self.criterion is None:
@@ -106,7 +119,20 @@ class Pruner:
         return True
 
     def shrink_to(self, positions: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        """Cut a network that is whole down to those positions, as an interrupted fit had done."""
+        """Cut a network that is whole down to those positions, as an interrupted fit had done.
+
+        Raises:
+            ValueError: If they are none of this network's.
+        """
+        for site, layer in self.model.noise.items():
+            found = positions.get(site)
+            if (
+                found is None
+                or found.dtype != torch.long
+                or not torch.isin(found, layer.index.cpu()).all()
+                or not bool((found.diff() > 0).all() and len(found))
+            ):
+                raise ValueError(f"its positions of the structures of {site!r} are none of this network")
         for site, layer in self.model.noise.items():
             layer.remove(~torch.isin(layer.index.cpu(), positions[site]))
         self.shrink(optimizer)
@@ -137,10 +163,16 @@ class Pruner:
 
     def _judge(self, criterion: Criterion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return which structures the criterion would remove, and its scores, which are noted."""
-        context = PruningContext(self.model.eval(), self.guide, self.structures, *self.batch)
-        scores = {site: score.detach() for site, score in criterion.scores(context).items()}
+        self.model.eval()
+        scores = self._scores(criterion)
         self._note(scores)
-        return criterion.supported(context, scores), scores
+        return criterion.supported(self._context(), scores), scores
+
+    def _scores(self, criterion: Criterion) -> dict[str, Tensor]:
+        return {site: score.detach() for site, score in criterion.scores(self._context()).items()}
+
+    def _context(self) -> PruningContext:
+        return PruningContext(self.model, self.guide, self.structures, *self.batch)
 
     def _note(self, scores: Mapping[str, Tensor]) -> None:
         """Keep the scores of structures that remain; those of removed ones stay what they were at removal."""

@@ -1,10 +1,13 @@
 """When to prune, and how learning rates and the KL's weight run over the epochs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-__all__ = ["Continuous", "PostTraining", "Rates", "check_numbers"]
+from pyro_bmrs.checks import check_flag, check_integer, check_number, described
+
+__all__ = ["Continuous", "PostTraining", "Rates"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,24 @@ class Continuous:
         stop: Epoch after which to prune last; by default the last one with noise.
         shrink: Whether to cut what is removed out of network, guide and optimiser at once, so that later epochs get
             faster; otherwise it is masked until ``compact``. The fit is the same up to rounding.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an epoch is not positive, or ``stop`` comes before ``start``.
     """
 
     start: int | None = None
     every: int = 1
     stop: int | None = None
     shrink: bool = False
+
+    def __post_init__(self) -> None:
+        for name, epoch in (("start", self.start), ("every", self.every), ("stop", self.stop)):
+            if epoch is not None or name == "every":
+                check_integer(f"{name} of Continuous", epoch, low=1)
+        if self.start is not None and self.stop is not None and self.stop < self.start:
+            raise ValueError(f"stop of Continuous must not come before start={self.start}, but got {self.stop}")
+        check_flag("shrink of Continuous", self.shrink)
 
     def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
         """Return whether to prune after ``epoch``, counted from 1."""
@@ -40,11 +55,25 @@ class PostTraining:
         epochs_per_level: Epochs of fine-tuning at each level.
         stop: Whether to stop at the last structure that the criterion supports removing; otherwise all levels are
             visited in the order of the scores.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If ``levels`` do not increase within (0, 1], or ``epochs_per_level`` is not positive.
     """
 
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
     epochs_per_level: int = 1
     stop: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.levels, Sequence) or isinstance(self.levels, str):
+            raise TypeError(f"levels of PostTraining must be a tuple of fractions, but got {described(self.levels)}")
+        levels = tuple(check_number("each of the levels of PostTraining", level) for level in self.levels)
+        if not levels or levels[-1] > 1 or any(low >= high for low, high in pairwise(levels)):
+            raise ValueError(f"levels of PostTraining must increase within (0, 1], but got {levels}")
+        object.__setattr__(self, "levels", levels)
+        check_integer("epochs_per_level of PostTraining", self.epochs_per_level, low=1)
+        check_flag("stop of PostTraining", self.stop)
 
 
 @dataclass(frozen=True)
@@ -81,18 +110,17 @@ class Rates:
         """Return the rates with the defaults of ``fit`` filled in; ``levels`` is the epochs in between.
 
         Raises:
+            TypeError: If an argument is of another type.
             ValueError: If a rate is not positive and finite, or a number of epochs is negative.
         """
-        posterior_lr = 50 * lr if posterior_lr is None else posterior_lr
-        kl_warmup_epochs = noisy_epochs // 4 if kl_warmup_epochs is None else kl_warmup_epochs
-        check_numbers(
-            positive={"lr": lr, "posterior_lr": posterior_lr},
-            not_negative={
-                "epochs": noisy_epochs,
-                "fine_tune_epochs": fine_tune_epochs,
-                "kl_warmup_epochs": kl_warmup_epochs,
-            },
-        )
+        check_number("lr", lr)
+        posterior_lr = 50 * lr if posterior_lr is None else check_number("posterior_lr", posterior_lr)
+        check_integer("epochs", noisy_epochs)
+        check_integer("fine_tune_epochs", fine_tune_epochs)
+        if kl_warmup_epochs is None:
+            kl_warmup_epochs = noisy_epochs // 4
+        check_integer("kl_warmup_epochs", kl_warmup_epochs)
+        check_flag("decay", decay)
         epochs = noisy_epochs + levels + fine_tune_epochs
         return cls(lr, posterior_lr, epochs, noisy_epochs, kl_warmup_epochs, decay)
 
@@ -109,13 +137,3 @@ class Rates:
 
 def _cosine(epoch: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(epoch / max(epochs, 1e-9), 1.0)))
-
-
-def check_numbers(positive: Mapping[str, float], not_negative: Mapping[str, float]) -> None:
-    """Raise ``ValueError`` naming the argument that is not as it must be."""
-    for name, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive number, but got {value}")
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, but got {value}")

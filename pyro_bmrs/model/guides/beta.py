@@ -15,6 +15,7 @@ from pyro.distributions import Beta
 from torch import Tensor, nn
 
 from pyro_bmrs.bmr.reduced_priors import spike
+from pyro_bmrs.checks import check_number
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 
@@ -37,7 +38,7 @@ class BetaGuide(FlatGuide):
 
     Raises:
         TypeError: If a noise layer's prior is of another type.
-        ValueError: If ``init_mean`` is not inside (0, 1).
+        ValueError: If ``init_mean`` is not inside (0, 1), or ``init_concentration`` is not positive.
 
     Example:
         >>> from pyro.distributions import Beta
@@ -51,8 +52,9 @@ class BetaGuide(FlatGuide):
 
     def __init__(self, model: NoisyNetwork, init_mean: float = 0.95, init_concentration: float = 50.0) -> None:
         super().__init__(model)
-        if not 0 < init_mean < 1:
+        if not 0 < check_number("init_mean", init_mean) < 1:
             raise ValueError(f"init_mean must lie inside (0, 1), but got {init_mean}")
+        check_number("init_concentration", init_concentration)
         like = torch.cat([prior.concentration1 for prior in self.prior().values()])
         self.log_concentration1 = nn.Parameter(torch.full_like(like, math.log(init_mean * init_concentration)))
         self.log_concentration0 = nn.Parameter(torch.full_like(like, math.log((1 - init_mean) * init_concentration)))

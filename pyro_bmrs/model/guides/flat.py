@@ -12,12 +12,22 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.model.noise import MultiplicativeNoise, fix_noise
+from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise
+from pyro_bmrs.structures.pair import NoisePosterior, check_model
 
 __all__ = ["FlatGuide"]
 
 
-class FlatGuide(PyroModule):
+class _Checked(type(PyroModule)):  # type: ignore[misc]
+    """Checks a guide once its subclass has made its parameters."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        guide = super().__call__(*args, **kwargs)
+        guide._check_divergences()
+        return guide
+
+
+class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     """Mean-field guide of one family for the noise of every structure, whatever the family.
 
     Parameters are vectors over all structures of all sites, there from construction on. All noise is drawn in one
@@ -32,12 +42,14 @@ class FlatGuide(PyroModule):
         prior_types: Types of prior that the family can be a posterior for.
 
     Raises:
-        TypeError: If a noise layer's prior is of another type.
+        TypeError: If ``model`` is no ``NoisyNetwork``, or a noise layer's prior is of another type.
+        NotImplementedError: If torch knows no KL from the family to a prior.
     """
 
     prior_types: tuple[type[TorchDistribution], ...] = ()
 
     def __init__(self, model: NoisyNetwork) -> None:
+        check_model(model)
         super().__init__(type(self).__name__)
         for site, layer in model.noise.items():
             if not isinstance(layer.prior, self.prior_types):
@@ -46,11 +58,21 @@ class FlatGuide(PyroModule):
                     f"site {site!r} has a {type(layer.prior).__name__} prior, but {type(self).__name__} is for "
                     f"{names} ones; use another guide, or write one with one sample statement a site"
                 )
-        self.sizes: dict[str, int] = model.sizes
+        self._sizes: dict[str, int] = model.sizes
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too
         self._prior_groups = self._group_priors()
-        weights = [torch.full_like(layer.keep, layer.kl_weight, dtype=torch.float32) for layer in model.noise.values()]
-        self.register_buffer("_kl_weights", torch.cat(weights), persistent=False)
+        self._known_weights = tuple(model.kl_weights.values())
+        self.register_buffer("_kl_weights", self._expanded_weights(), persistent=False)
+
+    @property
+    def model(self) -> NoisyNetwork:
+        """The model that it is the posterior of."""
+        return self._model[0]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of structures of each site."""
+        return self._sizes
 
     @abstractmethod
     def family(self, index: slice | Tensor = slice(None)) -> TorchDistribution:
@@ -104,7 +126,7 @@ class FlatGuide(PyroModule):
 
     def kl(self) -> Tensor:
         """Return the KL from the prior, summed over the structures that remain, in nats; sites by their weight."""
-        counted = self.keep * self._kl_weights
+        counted = self.keep * self._site_weights()
         total = torch.zeros((), device=counted.device)
         for kind, index, prior in self._prior_groups:
             parameters = {name: getattr(self, buffer) for name, buffer in prior.items()}
@@ -126,35 +148,84 @@ class FlatGuide(PyroModule):
         for name, buffer in list(self.named_buffers(recurse=False)):
             if buffer.shape[:1] == (structures,):
                 setattr(self, name, buffer[kept])
-        self.sizes = self._model[0].sizes
+        self._sizes = self._model[0].sizes
         self._prior_groups = self._group_priors()
+
+    def check_priors(self) -> None:
+        """Raise ``ValueError`` if the prior of a noise layer is not the one that the guide was made for any more."""
+        for i, (kind, members) in enumerate(self._prior_kinds()):
+            for name, values in self._prior_parameters(kind, members).items():
+                known = self._buffers.get(f"_prior{i}_{name}")
+                if known is None or not torch.equal(known, values.to(known)):
+                    raise ValueError(
+                        f"{name} of the {kind.__name__} prior of {members[0]!r} or a later site has changed since the "
+                        f"guide was made: make {type(self).__name__}(model) again"
+                    )
+
+    def _site_weights(self) -> Tensor:
+        """Return the weight of each structure's KL, as the model has them now."""
+        weights = tuple(self._model[0].kl_weights.values())
+        if weights != self._known_weights:
+            self._known_weights = weights
+            with torch.no_grad():
+                self._kl_weights.copy_(self._expanded_weights())
+        return self._kl_weights
+
+    def _expanded_weights(self) -> Tensor:
+        model = self._model[0]
+        layers = model.noise.items()
+        return torch.cat(
+            [torch.full_like(each.keep, model.kl_weights[site], dtype=torch.float32) for site, each in layers]
+        )
+
+    def _check_divergences(self) -> None:
+        """Raise unless torch knows the KL from the family to each prior."""
+        with torch.no_grad():
+            try:
+                self.kl()
+            except NotImplementedError as error:
+                kinds = ", ".join(kind.__name__ for kind, _, _ in self._prior_groups)
+                raise NotImplementedError(
+                    f"no KL is known from {type(self.family()).__name__} to {kinds}: register one with "
+                    "@torch.distributions.kl.register_kl"
+                ) from error
 
     def _group_priors(self) -> list[tuple[type[TorchDistribution], str | None, dict[str, str]]]:
         """Store the priors' parameters as one buffer for each type of prior, and return how to find them."""
-        priors = self.prior()
-        kinds = list(dict.fromkeys(type(prior) for prior in priors.values()))
-        site_of = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(list(self.sizes.values())))
+        kinds = self._prior_kinds()
+        site_of = [site for site, size in self.sizes.items() for _ in range(size)]
         groups = []
-        for i, kind in enumerate(kinds):
-            members = [k for k, prior in enumerate(priors.values()) if type(prior) is kind]
+        for i, (kind, members) in enumerate(kinds):
             names = {name: f"_prior{i}_{name}" for name in kind.arg_constraints}
-            for name, buffer in names.items():
-                values = [getattr(list(priors.values())[k], name) for k in members]
-                self.register_buffer(buffer, torch.cat(values), persistent=False)
+            for name, values in self._prior_parameters(kind, members).items():
+                self.register_buffer(names[name], values, persistent=False)
             index = None
             if len(kinds) > 1:
                 index = f"_prior{i}_index"
-                of_kind = torch.isin(site_of, torch.tensor(members))
+                of_kind = torch.tensor([site in members for site in site_of])
                 self.register_buffer(index, of_kind.nonzero().squeeze(1).to(self.keep.device), persistent=False)
             groups.append((kind, index, names))
         return groups
 
+    def _prior_kinds(self) -> list[tuple[type[TorchDistribution], list[str]]]:
+        """Return each type of prior with the sites that have it."""
+        kinds: dict[type[TorchDistribution], list[str]] = {}
+        for site, prior in self.prior().items():
+            kinds.setdefault(type(prior), []).append(site)
+        return list(kinds.items())
+
+    def _prior_parameters(self, kind: type[TorchDistribution], members: list[str]) -> dict[str, Tensor]:
+        """Return the parameters of the priors of all sites of one kind, each as one vector."""
+        priors = self.prior()
+        return {name: torch.cat([getattr(priors[site], name) for site in members]) for name in kind.arg_constraints}
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Make one sample site for each noise layer of the model; takes and ignores the model's arguments."""
+        check_not_vectorized()
         model = self._model[0]
         layers, values = model.noise, self.draw()
         with fix_noise(values), poutine.scale(scale=model.kl_weight):
             for site, posterior in self.posterior().items():
-                with poutine.scale(scale=layers[site].kl_weight):
+                with poutine.scale(scale=model.kl_weights[site]):
                     pyro.sample(site, layers[site].site_distribution(posterior))
         return values

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.checks import check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
@@ -11,6 +12,11 @@ __all__ = ["LOC_RANGE", "LOG_SCALE_RANGE", "TruncatedLogNormalGuide"]
 
 LOC_RANGE = (-1000.0, 1000.0)  # beyond, nothing that a posterior can say changes, and float32 runs out of digits
 LOG_SCALE_RANGE = (-20.0, 5.0)
+
+
+def _check_inside(name: str, value: float, bounds: tuple[float, float]) -> None:
+    if not bounds[0] <= check_number(name, value, positive=False) <= bounds[1]:
+        raise ValueError(f"{name} must lie between {bounds[0]:g} and {bounds[1]:g}, but got {value}")
 
 
 class TruncatedLogNormalGuide(FlatGuide):
@@ -27,7 +33,8 @@ class TruncatedLogNormalGuide(FlatGuide):
         log_scale: Parameter of shape ``(structures,)``, used clamped to ``LOG_SCALE_RANGE``.
 
     Raises:
-        TypeError: If a noise layer's prior is of another type.
+        TypeError: If a noise layer's prior is of another type, or an initial value is no number.
+        ValueError: If an initial value lies outside the range of its parameter.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
@@ -40,6 +47,8 @@ class TruncatedLogNormalGuide(FlatGuide):
 
     def __init__(self, model: NoisyNetwork, init_loc: float = 0.0, init_log_scale: float = -5.0) -> None:
         super().__init__(model)
+        _check_inside("init_loc", init_loc, LOC_RANGE)
+        _check_inside("init_log_scale", init_log_scale, LOG_SCALE_RANGE)
         priors = list(self.prior().values())
         self.register_buffer("log_low", torch.cat([prior.log_low for prior in priors]))
         self.register_buffer("log_high", torch.cat([prior.log_high for prior in priors]))

@@ -567,8 +567,8 @@ def test_shrinking_while_training_is_masking(name):
                 torch.testing.assert_close(small(x), bmrs.predict(model, guide, x), **EXACT)
             masked = bmrs.count_parameters(small)
             assert masked == bmrs.count_parameters(model.net.net)
-            twin = copy.deepcopy(model)
-            torch.testing.assert_close(bmrs.predict(twin, guide, x), bmrs.predict(model, guide, x), **EXACT)
+            twin, its_guide = copy.deepcopy((model, guide))
+            torch.testing.assert_close(bmrs.predict(twin, its_guide, x), bmrs.predict(model, guide, x), **EXACT)
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-7)
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from models import lenet5
-from pyro_bmrs.model.network import element_shapes as _element_shapes
 from pyro_bmrs.model.noise import fix_noise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -54,7 +53,7 @@ class Run:
         generator = torch.Generator().manual_seed(self.step)
         shapes = dict.fromkeys(self.sizes, self.x.shape[:1])
         if self.granularity == "element":
-            shapes = _element_shapes(self.model, self.x)
+            shapes = self.model.element_shapes(self.x)
         theta = {}
         for site, q in self.guide.posterior().items():
             uniform = torch.rand(*shapes[site], self.sizes[site], generator=generator, dtype=torch.float64)

@@ -26,7 +26,7 @@ def test_prunes_what_is_irrelevant_and_keeps_accuracy():
     )
     assert result.compression > 0.4
     assert result.history[-1]["accuracy_validation"] > 0.9
-    assert model.num_data == 500
+    assert model.num_data is None
 
 
 def test_history_and_masks_agree_with_the_surgery():
@@ -270,8 +270,7 @@ def test_activations_that_overflow_stop_the_run_and_name_the_site():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"batch_size": 201}, ValueError, "between 1 and the 200 training examples, but got 201"),
-        ({"batch_size": 0}, ValueError, "batch_size must lie between"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a positive integer, but got 0"),
         ({"epochs": -1}, ValueError, "epochs must not be negative"),
         ({"lr": 0.0}, ValueError, "lr must be a positive number"),
         ({"posterior_lr": math.nan}, ValueError, "posterior_lr must be a positive number"),

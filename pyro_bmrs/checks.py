@@ -1,0 +1,73 @@
+"""Checks of single arguments: each returns the value, or says which argument it is, what came and what is wanted."""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+__all__ = ["check_flag", "check_integer", "check_number", "described"]
+
+
+def check_integer(name: str, value: Any, low: int = 0, high: int | None = None, what: str = "") -> int:
+    """Return ``value`` as an int from ``low`` to ``high``; ``what`` says what it stands for.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is no integer, or out of range.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is not None and low <= number and (high is None or number <= high):
+        return number
+    if number is not None and number < low == 0 and high is None:
+        raise ValueError(f"{name} must not be negative, but got {number}")
+    kind = {0: "an integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
+    wanted = (kind if high is None else f"an integer from {low} to {high}") + (f", {what}" if what else "")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    raise (ValueError if is_number else TypeError)(f"{name} must be {wanted}, but got {described(value)}")
+
+
+def check_number(name: str, value: Any, positive: bool = True) -> float:
+    """Return ``value`` as a finite number, by default a positive one.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite, or not positive.
+    """
+    wanted = "a positive number" if positive else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {wanted}, but got {described(value)}")
+    number = float(value)
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name} must be {wanted}, but got {value}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but got {described(value)}")
+    return value
+
+
+def described(value: Any) -> str:
+    """Return what ``value`` is in a few words, for an error message."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an instance"
+    if isinstance(value, str | bool | int | float | complex):
+        return f"{str(value)[:60]!r}" if isinstance(value, str) else f"{value}"
+    shape = getattr(value, "shape", None)
+    kind = type(value).__name__
+    if shape is not None and hasattr(value, "dtype"):
+        return f"a {kind} of shape {tuple(shape)} and dtype {value.dtype}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"

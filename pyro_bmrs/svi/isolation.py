@@ -1,0 +1,59 @@
+"""One fit at a time, which leaves everything around it as it was."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pyro
+import torch
+from torch import nn
+
+__all__ = ["isolated", "local_seed"]
+
+_FITTING = threading.RLock()
+_modules: list[nn.Module] = []  # those that are being fitted now
+
+
+@contextmanager
+def isolated(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Run one fit in this process, alone, and restore what a fit changes around it.
+
+    Pyro's handlers and torch's random state are global, so that two fits in two threads would corrupt each other: the
+    second one waits until the first has ended. A fit inside another one's callbacks may run, but not on the same model.
+
+    Afterwards Pyro's handlers are those of before. If the fit fails or is interrupted, the train mode and
+    ``requires_grad`` of every module and the random state are too.
+
+    Args:
+        modules: What is fitted.
+
+    Raises:
+        RuntimeError: If one of them is being fitted already.
+    """
+    with _FITTING:
+        if any(module is other for module in modules for other in _modules):
+            raise RuntimeError("this model is being fitted already: a callback of a fit cannot fit the same model")
+        modes = [(each, each.training) for module in modules for each in module.modules()]
+        trained = [(each, each.requires_grad) for module in modules for each in module.parameters()]
+        handlers, random = list(pyro.poutine.runtime._PYRO_STACK), torch.get_rng_state()
+        _modules.extend(modules)
+        try:
+            yield
+        except BaseException:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            torch.set_rng_state(random)
+            raise
+        finally:
+            pyro.poutine.runtime._PYRO_STACK[:] = handlers
+            del _modules[len(_modules) - len(modules) :]
+
+
+@contextmanager
+def local_seed(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Seed torch, and leave its random state on the CPU and on ``devices`` as it was; Pyro validates nothing inside."""
+    with torch.random.fork_rng([each for each in devices if each.type == "cuda"]), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,38 @@
+"""What a fit returns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["FitResult", "FitWarning"]
+
+
+class FitWarning(UserWarning):
+    """Says that a fit does, or has done, something other than its caller may expect."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What ``fit`` returns; the model and the guide themselves are fitted in place.
+
+    Attributes:
+        masks: For each site a bool tensor of shape ``(size,)``, True = kept, in the numbering of the network that was
+            given to ``fit``. Where the fit has shrunk it, ``compact(model, guide, None, ...)`` takes the model's own.
+        scores: For each site the criterion's score of each structure when it was last judged, of shape ``(size,)``;
+            removed where >= 0. Empty if nothing was judged.
+        history: One record an epoch: ``epoch``, ``phase``, ``loss`` (nats an example), ``kl`` (nats), ``kl_weight``,
+            ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
+            ``log_likelihood_validation`` (nats an example) and, for class labels, ``accuracy_validation``.
+        seconds: Wall time of the whole fit, all sessions of a resumed one together.
+    """
+
+    masks: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    history: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def compression(self) -> float:
+        """Fraction of the trainable weights and biases that the masks remove."""
+        return self.history[-1]["compression"] if self.history else 0.0

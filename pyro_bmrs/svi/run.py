@@ -1,0 +1,250 @@
+"""A fit under way: its plan of epochs, the loop over them, and the state that a checkpoint keeps."""
+
+import copy
+import json
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.copying import copied, undisturbed
+from pyro_bmrs.structures.equality import difference
+from pyro_bmrs.structures.inputs import output_tensors, to_input
+from pyro_bmrs.svi.callbacks import Callback
+from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
+from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.pruner import Pruner
+from pyro_bmrs.svi.run_folder import RunFolder
+from pyro_bmrs.svi.schedule import Continuous, PostTraining
+from pyro_bmrs.svi.training import Trainer
+
+__all__ = ["Planned", "Run", "make_plan"]
+
+_PROBED = 2  # rows of the training data
+_PROBE_TOLERANCE = 1e-3  # of the outputs' spread: rounding of another device, and no other activation
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One epoch to come: its phase, and for post-training pruning the level before it and its own."""
+
+    phase: str
+    before: float | None = None
+    level: float | None = None
+
+
+_NOISY = Planned("noisy")
+
+
+def make_plan(epochs: int, pruning: Continuous | PostTraining, fine_tune_epochs: int) -> list[Planned]:
+    """Return the epochs of a fit, in order."""
+    plan = [_NOISY] * epochs
+    if isinstance(pruning, PostTraining):
+        for before, level in zip((None, *pruning.levels), pruning.levels, strict=False):
+            plan += [Planned("post-training", before, level)] * pruning.epochs_per_level
+    return plan + [Planned("fine-tune")] * fine_tune_epochs
+
+
+class Run:
+    """A fit under way.
+
+    Args:
+        trainer: Runs an epoch.
+        pruner: Removes structures.
+        validation: Inputs and observations to report on, or None.
+        settings: What a checkpoint must agree with to be gone on from, by name.
+        folder: Where checkpoints go, or None.
+
+    Attributes:
+        history: One record per epoch.
+        position: Number of epochs of the plan that are behind.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pruner: Pruner,
+        validation: tuple[Tensor, Tensor] | None,
+        settings: dict[str, Any],
+        folder: RunFolder | None,
+    ) -> None:
+        self.trainer, self.pruner, self.validation = trainer, pruner, validation
+        self.model, self.guide = trainer.model, trainer.guide
+        self.settings, self.folder = settings, folder
+        self.history = History(self.model, self.guide, pruner, validation)
+        self.position, self._saved_at = 0, 0
+        self._started, self._seconds_before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, all sessions of a resumed fit together."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def go(
+        self, plan: list[Planned], pruning: Continuous | PostTraining, checkpoint_every: int, callbacks: Callback
+    ) -> None:
+        """Run the epochs of the plan from the present position on."""
+        noisy = plan.count(_NOISY)
+        if self.position == noisy == 0:
+            self._end_noise(pruning)
+        try:
+            while self.position < len(plan):
+                record = self._epoch(plan[self.position], pruning, callbacks)
+                self.position += 1
+                if self.position == noisy:
+                    self._end_noise(pruning)
+                if record is not None:
+                    callbacks.on_epoch_end(record)
+                if self.position % checkpoint_every == 0 or self.position == len(plan):
+                    self._save()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. Lower lr or posterior_lr{self._last_good()}") from None
+
+    def resume(self, plan: list[Planned]) -> None:
+        """Go to where the checkpoint in the folder was written.
+
+        Model and guide are changed only once all of it has been tried on copies of them.
+
+        Raises:
+            ValueError: If it is damaged, or of another fit.
+        """
+        assert self.folder is not None
+        path = self.folder.checkpoint
+        state = read_checkpoint(path)
+        try:
+            self._check_settings(part(state, "fit").info["settings"])
+            self._on_copies()._restore(state, plan)
+        except (ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+            reason = f"it has lost {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} cannot be gone on from: {reason}") from error
+        self._restore(state, plan)
+
+    def _epoch(
+        self, planned: Planned, pruning: Continuous | PostTraining, callbacks: Callback
+    ) -> dict[str, Any] | None:
+        epoch = self.position + 1
+        if planned == _NOISY:
+            loss = self.trainer.noisy_epoch()
+            if isinstance(pruning, Continuous) and pruning.is_due(epoch, self.trainer.rates.kl_warmup_epochs):
+                callbacks.on_pruning(epoch, self.pruner.remove_supported())
+                if pruning.shrink and self.pruner.shrink(self.trainer.optimizer):
+                    self.trainer.network_changed()
+            return self.history.record("noisy", loss)
+        if planned.level is None:
+            return self.history.record("fine-tune", self.trainer.fine_tune_epoch())
+        if self.pruner.is_exhausted(planned.before):
+            return None
+        removed = self.pruner.remove_to(planned.level)
+        if sum(removed.values()):
+            callbacks.on_pruning(epoch - 1, removed)
+        loss = self.trainer.fine_tune_epoch()
+        return self.history.record("post-training", loss, level=planned.level, removed=self.pruner.count(planned.level))
+
+    def _end_noise(self, pruning: Continuous | PostTraining) -> None:
+        self.pruner.restore_removed()
+        if isinstance(pruning, PostTraining):
+            self.pruner.rank(pruning)
+
+    def _save(self) -> None:
+        """Write a checkpoint; a full disk costs the checkpoint, not the fit."""
+        if self.folder is None:
+            return
+        of_fit = {"position": self.position, "seconds": self.seconds, "settings": self.settings}
+        state = join(
+            {
+                "fit": State(self.pruner.positions, of_fit),
+                "model": State(self.model.state_dict()),
+                "guide": State(self.guide.state_dict()),
+                "trainer": self.trainer.state(),
+                "pruner": self.pruner.state(),
+                "history": self.history.state(),
+                "probe": State(self._probe()),
+            }
+        )
+        if not self.trainer.fabric.is_global_zero:
+            return
+        try:
+            write_checkpoint(self.folder.checkpoint, state)
+        except OSError as error:
+            warnings.warn(f"{error}; the fit goes on", RuntimeWarning, stacklevel=5)
+        else:
+            self._saved_at = len(self.history.entries)
+
+    def _check_settings(self, then: dict[str, Any]) -> None:
+        """Raise ``ValueError`` naming the settings that are not those of the checkpoint."""
+        now = json.loads(json.dumps(self.settings))
+        changed = []
+        for name, value in now.items():
+            before = then.get(name)
+            if name == "network" and isinstance(before, dict):
+                changed += [f"the network's module {m!r} is another" for m in value if before.get(m) != value[m]][:3]
+                changed += [f"the network has no module {m!r}" for m in before if m not in value][:3]
+            elif name in ("train", "validation", "criterion", "likelihood", "priors") and before != value:
+                changed.append(f"{name} is another")
+            elif before != value:
+                changed.append(f"{name} was {before}, is {value}")
+        if changed:
+            raise ValueError(f"it is of a fit with other settings: {'; '.join(changed)}")
+
+    def _on_copies(self) -> "Run":
+        """Return this fit on copies of model and guide, at its start."""
+        trainer, pruner = self.trainer, self.pruner
+        model, guide = copied((self.model, self.guide))
+        again = Trainer(
+            trainer.fabric, model, guide, trainer.elbo, trainer.data, trainer.batch_size, trainer.rates,
+            torch.Generator(),
+        )  # fmt: skip
+        judge = Pruner(model, guide, pruner.criterion, pruner.batch, copy.copy(pruner.structures))
+        return Run(again, judge, self.validation, self.settings, self.folder)
+
+    def _restore(self, state: State, plan: list[Planned]) -> None:
+        of_fit = part(state, "fit")
+        position, step = of_fit.info["position"], part(state, "trainer").info["step"]
+        whole = [isinstance(each, int) and not isinstance(each, bool) for each in (position, step)]
+        if not (all(whole) and 0 <= position <= len(plan) and 0 <= step <= position * self.trainer.steps_per_epoch):
+            raise ValueError(f"its position, epoch {position} and step {step}, is none of this fit")
+        self.pruner.shrink_to(of_fit.tensors, self.trainer.optimizer)
+        for module, name in ((self.model, "model"), (self.guide, "guide")):
+            tensors = part(state, name).tensors
+            for key, value in module.state_dict().items():
+                if key in tensors and tensors[key].dtype != value.dtype:
+                    raise ValueError(f"{key!r} of the {name} was of {tensors[key].dtype}, is of {value.dtype}")
+            module.load_state_dict(tensors)
+        for each, name in ((self.pruner, "pruner"), (self.history, "history"), (self.trainer, "trainer")):
+            each.restore(part(state, name))
+        self._check_probe(part(state, "probe").tensors)
+        self.position, self._seconds_before = position, float(of_fit.info["seconds"])
+        if not (math.isfinite(self._seconds_before) and len(self.history.entries) <= position):
+            raise ValueError("its history is none of this fit")
+        self._saved_at = len(self.history.entries)
+
+    @torch.no_grad()
+    def _probe(self) -> dict[str, Tensor]:
+        """Return the network's outputs for the first training rows, and how likely it finds their observations."""
+        x, y = (each[:_PROBED].to(self.guide.device) for each in self.trainer.data)
+        with undisturbed(self.model.net), evaluating(self.model):
+            torch.manual_seed(0)  # for networks that draw random numbers even in eval mode
+            output = self.model.run(to_input(x, self.model.net), self.guide.mean())
+            log_prob = self.model.likelihood(output).log_prob(y)
+        outputs = {f"output.{i}": each.contiguous() for i, each in enumerate(output_tensors(output))}
+        return {**outputs, "log_prob": log_prob}
+
+    def _check_probe(self, then: dict[str, Tensor]) -> None:
+        now = self._probe()
+        then = {name: tensor.to(self.guide.device) for name, tensor in then.items()}
+        outputs = [name for name in now if name != "log_prob"]
+        same_names = now.keys() == then.keys()
+        if not (same_names and difference([now[n] for n in outputs], [then[n] for n in outputs]) <= _PROBE_TOLERANCE):
+            raise ValueError("the network computes something else than the one that it was written for")
+        if not difference(now["log_prob"], then["log_prob"]) <= _PROBE_TOLERANCE:
+            raise ValueError("the likelihood is another than the one that it was written for")
+
+    def _last_good(self) -> str:
+        if not self._saved_at or self.folder is None:
+            return ""
+        return f"; the last good checkpoint, {self.folder.checkpoint}, is of the end of epoch {self._saved_at}"
