@@ -2,33 +2,46 @@
 
 import json
 import os
+import secrets
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AtomicFile", "PathLike", "prepare_run_folder", "write_json"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["AtomicFile", "PathLike", "folder_lock", "prepare_run_folder", "write_json", "write_together"]
 
 PathLike = str | os.PathLike[str]
 
 
 class AtomicFile:
-    """Give a path beside ``path`` to write to, and move it there if all went well.
+    """Give a new file beside ``path`` to write to, and move it there if all went well.
 
-    The name is fixed, so that a process killed while it writes leaves one such file at most, which the next one reuses.
+    Its name is random, so that several processes may write at once, and no link that somebody has laid is followed. A
+    process killed while it writes leaves it behind, as ``.NAME.*.partial``.
+
+    Args:
+        path: The file to write.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(f".{path.name}.partial")
+        self.partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
     def __enter__(self) -> Path:
-        self.partial.touch()
+        os.close(os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
-            self.partial.replace(self.path)
-        else:
+        try:
+            if kind is None:
+                self.partial.replace(self.path)
+        finally:
             self.partial.unlink(missing_ok=True)
 
 
@@ -36,6 +49,42 @@ def write_json(path: PathLike, content: Any, indent: int | None = 2) -> None:
     """Write ``content`` as JSON, complete or not at all; ``indent=None`` writes it on one line."""
     with AtomicFile(Path(path)) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files of one folder: all are complete, and others that do so too never leave a mixture.
+
+    Raises:
+        OSError: If they cannot be written; those of before are left then.
+    """
+    files = [AtomicFile(path) for path in contents]
+    try:
+        for file, content in zip(files, contents.values(), strict=True):
+            with file.__enter__().open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+        with folder_lock(files[0].path.parent):
+            for file in files:
+                file.partial.replace(file.path)
+    finally:
+        for file in files:
+            file.partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the system's advisory lock on a folder, where there is one; ``shared`` with others that only read."""
+    handle = None
+    if fcntl is not None:
+        with suppress(OSError):  # some file systems have no locks
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def prepare_run_folder(path: PathLike, overwrite: bool = False, resume: bool = False) -> Path:

@@ -1,46 +1,64 @@
-"""Networks and runs on disk: tensors as safetensors, everything else as JSON, and no code in either.
+"""Networks on disk: tensors as safetensors, everything else as JSON, and no code in either.
 
-A saved network is two files, ``NAME.safetensors`` and ``NAME.json``. The latter describes the tree of modules. Layers
-of ``torch.nn`` are rebuilt from it by name and arguments; modules of any other class are described but never
-imported: to load those, hand ``load`` an instance, unpruned if you like, whose layers are then replaced.
+A saved network is two files, ``NAME.safetensors`` and ``NAME.json``, each of which holds a checksum of the other. The
+latter describes the tree of modules. Layers of ``torch.nn`` are rebuilt from it by name and arguments; modules of any
+other class are described but never imported: to load those, hand ``load`` an instance, unpruned if you like.
 """
 
-import inspect
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from pyro_bmrs.io.files import AtomicFile, PathLike, write_json
-from pyro_bmrs.structures.attention import HeadwiseAttention
-from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
+from pyro_bmrs.checks import described
+from pyro_bmrs.io.description import describe
+from pyro_bmrs.io.files import PathLike, folder_lock, write_together
+from pyro_bmrs.io.proof import check_same
+from pyro_bmrs.io.rebuilding import rebuild, tensors_of
+from pyro_bmrs.structures.copying import copied
 
 __all__ = ["load", "save"]
 
-_FORMAT = "pyro-bmrs/1"
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_FORMAT = "pyro-bmrs/2"
 
 
 def save(net: nn.Module, path: PathLike) -> None:
-    """Save a network as ``path.safetensors`` and ``path.json``, each complete or not there at all.
+    """Save a network as ``path.safetensors`` and ``path.json``, both complete or as they were.
+
+    What is written has been loaded again before, from memory, and found to be the same: settings, tensors of every
+    dtype, tied and frozen parameters, shared modules.
 
     Args:
-        net: Any module: a compacted network, or a model or guide whose state ``load`` puts back.
+        net: Any module: a compacted network, or a model or guide, which ``load`` puts back into one of its class.
         path: Files to write, without their suffix.
 
     Raises:
-        OSError: If they cannot be written.
+        TypeError: If ``net`` is no module.
+        ValueError: If it has something that could not be loaded again; names it, and says what to do.
+        OSError: If the files cannot be written; those of before are left then.
     """
-    path = Path(path)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    with AtomicFile(path.with_name(path.name + ".safetensors")) as temporary:
-        save_file(state, temporary)
-    write_json(path.with_name(path.name + ".json"), {"format": _FORMAT, "network": _describe(net)})
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be an nn.Module, but got {described(net)}")
+    _check_savable(net)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(net).items()}
+    description = (
+        json.dumps({"format": _FORMAT, "network": describe(net), "tensors": _digest(tensors)}, indent=2) + "\n"
+    )
+    content = description.encode()
+    try:
+        body = serialized(tensors, {"format": _FORMAT, "description": hashlib.sha256(content).hexdigest()})
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"the network has a tensor that cannot be saved: {error}") from error
+    _prove(net, json.loads(content)["network"], tensors)
+    json_file, tensor_file = _files(path)
+    write_together({tensor_file: body, json_file: content})
 
 
 def load(path: PathLike, module: nn.Module | None = None) -> nn.Module:
@@ -48,155 +66,110 @@ def load(path: PathLike, module: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: The files, without their suffix.
-        module: An instance of the class that was saved, whose layers and tensors are replaced in place. Not needed for
-            networks made of ``torch.nn`` layers in ``nn.Sequential`` alone.
+        module: An instance of the class that was saved, whose layers and tensors are replaced in place; of a model or
+            guide, one as it was made at first. Load a model before its guide. Not needed for networks that consist of
+            layers of ``torch.nn`` alone.
 
     Returns:
-        The network, in eval mode, on the CPU (or ``module``).
+        The network, in eval mode, on the CPU (or ``module``, on its device).
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is truncated, is no network of ours, or does not fit ``module``. No code in it is run.
+        TypeError: If ``module`` is no module.
+        ValueError: If a file is damaged or is no network of ours, the two do not belong together, or they do not fit
+            ``module``, which is left as it was. No code in them is run.
     """
-    path = Path(path)
-    description = _read_description(path.with_name(path.name + ".json"))
-    state = _read_tensors(path.with_name(path.name + ".safetensors"))
-    net = _rebuild(description, module, "")
+    if not (module is None or isinstance(module, nn.Module)):
+        raise TypeError(f"module must be an instance of the class that was saved, but got {described(module)}")
+    json_file, tensor_file = _files(path)
+    with folder_lock(json_file.parent, shared=True):
+        content = _read(json_file)
+        tensors, header = _read_tensors(tensor_file)
     try:
-        net.load_state_dict(state, assign=module is None)
-    except RuntimeError as error:
-        raise ValueError(f"the tensors in {path} do not fit the network described beside them: {error}") from None
-    return net.eval()
+        saved = _parsed(content, json_file)
+        tried = rebuild(saved["network"], tensors, None if module is None else copied(module))
+    except RecursionError:
+        raise ValueError(f"{json_file} is truncated or no description of a network: it is nested too deeply") from None
+    expected = {"format": _FORMAT, "description": hashlib.sha256(content).hexdigest()}
+    if header != expected or saved.get("tensors") != _digest(tensors):
+        raise ValueError(f"{json_file} and {tensor_file.name} do not belong together, or one of them is damaged")
+    return tried if module is None else rebuild(saved["network"], tensors, module)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _files(path: PathLike) -> tuple[Path, Path]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        base = Path(path)
+    except TypeError:
+        raise TypeError(f"path must be a path without suffix, but got {described(path)}") from None
+    return base.with_name(base.name + ".json"), base.with_name(base.name + ".safetensors")
+
+
+def _check_savable(net: nn.Module) -> None:
+    """Raise ``ValueError`` where a module holds what no file without code can."""
+    for name, module in net.named_modules():
+        kind = type(module).__name__
+        where = f"{name or 'the network'} is a {kind}"
+        if kind in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+            inner = "_orig_mod" if kind == "OptimizedModule" else "module"
+            raise ValueError(f"{where}, a wrapper: save what it wraps, .{inner}")
+        if any(each.__name__ == "ScriptModule" for each in type(module).__mro__):
+            raise ValueError(f"{where}, which is compiled code: save it with torch.jit.save")
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{where} with an extra state, which may be anything: save its state_dict with torch.save")
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} has no shape yet: run the network once, then save it")
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name!r} is a tensor of layout {tensor.layout} on {tensor.device}, without plain values")
+
+
+def _prove(net: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless what is about to be written gives the same network again."""
+    try:
+        given = copied(net) if _needs_instance(description["module"]) else None
+        check_same(rebuild(description, {name: each.clone() for name, each in tensors.items()}, given), net)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the network could not be loaded again, so it is not saved: {error}") from error
+
+
+def _needs_instance(description: Any) -> bool:
+    children = (description or {}).get("children", {}).values()
+    return bool(description) and (description.get("custom", False) or any(map(_needs_instance, children)))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: a saved network is two files, .json and .safetensors") from None
+
+
+def _parsed(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(content.decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is truncated or no description of a network: {error}") from None
-    if not (
-        isinstance(content, dict) and content.get("format") == _FORMAT and isinstance(content.get("network"), dict)
-    ):
+    if not (isinstance(saved, dict) and saved.get("format") == _FORMAT and isinstance(saved.get("network"), dict)):
         raise ValueError(f"{path} is no network saved by pyro-bmrs (its format is not {_FORMAT!r})")
-    network: dict[str, Any] = content["network"]
-    return network
+    return saved
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: a saved network is two files, .json and .safetensors")
     try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
 
 
-def _describe(module: nn.Module) -> dict[str, Any]:
-    kind = type(module)
-    children = {name: _describe(child) for name, child in module.named_children()}
-    if isinstance(module, ChannelScale):
-        return {"type": "ChannelScale", "arguments": {"size": len(module.scale), "dim": module.dim}}
-    if isinstance(module, ChannelGather):
-        return {"type": "ChannelGather", "arguments": {"size": len(module.index), "dim": module.dim}}
-    if isinstance(module, ChannelScatter):
-        arguments = {"count": len(module.index), "size": module.size, "dim": module.dim}
-        return {"type": "ChannelScatter", "arguments": arguments}
-    if kind in _CONTAINERS:
-        return {"type": kind.__name__, "children": children}
-    if not children and getattr(nn, kind.__name__, None) is kind:
-        return {"type": kind.__name__, "arguments": _arguments(module)}
-    own = {"sizes": _sizes(module), "shapes": _shapes(module)}
-    return {"type": _class_name(kind), "custom": True, "children": children, **own}
-
-
-def _class_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _sizes(module: nn.Module) -> dict[str, int]:
-    """Return the integers that a module keeps on itself, numbers of heads among them."""
-    return {name: value for name, value in vars(module).items() if type(value) is int and not name.startswith("_")}
-
-
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    """Return the shapes of a module's own parameters and buffers."""
-    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {name: list(tensor.shape) for name, tensor in own}
-
-
-def _arguments(module: nn.Module) -> dict[str, Any]:
-    """Return the constructor's arguments, which torch.nn's layers keep as attributes of the same name."""
-    arguments = {}
-    for name in inspect.signature(type(module)).parameters:
-        if name in ("device", "dtype") or not hasattr(module, name):
-            continue
-        value = getattr(module, name)
-        arguments[name] = value is not None if name == "bias" else value
-    return arguments
-
-
-def _rebuild(description: Mapping[str, Any], given: nn.Module | None, name: str) -> nn.Module:
-    """Build a module from its description, or where its class is not torch's, refit the ``given`` one."""
-    kind, children = description.get("type"), description.get("children", {})
-    if description.get("custom"):
-        if given is None:
-            raise ValueError(
-                f"the network's {name or 'root'} is a {kind}, which is not a torch.nn layer: make one and pass it, "
-                "load(path, module); classes named in files are never imported"
-            )
-        if kind == _class_name(HeadwiseAttention) and type(given) is nn.MultiheadAttention:
-            HeadwiseAttention.adopt(given)
-        _refit(given, description)
-        for child, part in children.items():
-            current = dict(given.named_children()).get(child)
-            if current is None:
-                raise ValueError(
-                    f"the module passed to load has no part {f'{name}.{child}'.lstrip('.')!r}; the saved {kind} has"
-                )
-            rebuilt = _rebuild(part, current, f"{name}.{child}".lstrip("."))
-            if rebuilt is not current:
-                setattr(given, child, rebuilt)
-        return given
-    if kind in {container.__name__ for container in _CONTAINERS}:
-        return _rebuild_container(kind, children, given, name)
-    return _build_layer(kind, description.get("arguments", {}), name)
-
-
-def _refit(module: nn.Module, description: Mapping[str, Any]) -> None:
-    """Give a module of a class of the user's own the sizes that were saved, in place."""
-    for name, value in description.get("sizes", {}).items():
-        if type(vars(module).get(name)) is int:
-            setattr(module, name, value)
-    own = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
-    for name, shape in description.get("shapes", {}).items():
-        tensor = own.get(name)
-        if tensor is not None and list(tensor.shape) != shape:
-            tensor.data = tensor.data.new_empty(shape)
-
-
-def _rebuild_container(kind: str, children: Mapping[str, Any], given: nn.Module | None, name: str) -> nn.Module:
-    container: nn.Module = getattr(nn, kind)()
-    parts = dict(given.named_children()) if given is not None else {}
-    for child, part in children.items():
-        container.add_module(child, _rebuild(part, parts.get(child), f"{name}.{child}".lstrip(".")))
-    return container
-
-
-def _build_layer(kind: Any, arguments: Any, name: str) -> nn.Module:
-    layer = getattr(nn, kind, None) if isinstance(kind, str) else None
-    if kind not in ("ChannelGather", "ChannelScale", "ChannelScatter") and not (
-        isinstance(layer, type) and issubclass(layer, nn.Module)
-    ):
-        raise ValueError(
-            f"{name!r} is described as {kind!r}, which is no layer of torch.nn; the file is not ours or not whole"
-        )
-    try:
-        if kind == "ChannelScale":
-            return ChannelScale(torch.ones(arguments["size"]), arguments["dim"])
-        if kind == "ChannelGather":
-            return ChannelGather(torch.arange(arguments["size"]), arguments["dim"])
-        if kind == "ChannelScatter":
-            return ChannelScatter(torch.arange(arguments["count"]), arguments["size"], arguments["dim"])
-        return layer(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})  # type: ignore[misc]
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"layer {name!r} cannot be a {kind} with arguments {arguments}: {error}") from None
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and every element."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

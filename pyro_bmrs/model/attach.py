@@ -107,6 +107,24 @@ class AttachedNoise(Attachment):
         self.structures = structures
         self._attach()
 
+    def after_loading(self) -> None:
+        record = self.structures.record
+        layers: dict[str, Any] = {f"{name}.theta": self.noise[_key(name)] for name in self.structures}
+        known = {site: record.sites[site].size for site in layers}
+        if all(layer.size == known[site] for site, layer in layers.items()):
+            self.follow(self.structures)
+            return
+        if any(layer.original_size != known[site] for site, layer in layers.items()):
+            raise ValueError(
+                f"the saved network was cut from one with { ({s: each.original_size for s, each in layers.items()}) } "
+                f"structures, but the one passed to load has {known}: pass a whole one"
+            )
+        there = {site: layer.in_original(torch.ones_like(layer.keep), False) for site, layer in layers.items()}
+        left = self.structures.without(record.dead(there, in_place=True))
+        if any(left.record.sites[site].size != layer.size for site, layer in layers.items()):
+            raise ValueError("the saved network was cut from another one than the one passed to load")
+        self.follow(left)
+
     def _attach(self) -> None:
         adopt_attention(self.net)
         record = self.structures.record

@@ -63,10 +63,9 @@ class MultiplicativeNoise(NoisePoint):
         if self.dim == 0:
             raise ValueError("dim must not be 0, which indexes examples; neurons and filters are along dimension 1")
         prior = LogUniform() if prior is None else prior
-        if not isinstance(prior, torch.distributions.Distribution):
-            raise TypeError(
-                f"prior must be a distribution, for instance LogUniform(-20, 0), but got {described(prior)}"
-            )
+        if not isinstance(prior, TorchDistributionMixin):
+            hint = f"pyro.distributions.{type(prior).__name__}" if isinstance(prior, Distribution) else "LogUniform()"
+            raise TypeError(f"prior must be a distribution of Pyro's, for instance {hint}, but got {described(prior)}")
         if prior.event_shape or prior.batch_shape not in (torch.Size(), torch.Size([size])):
             raise ValueError(
                 f"the prior on {size} structures must have batch_shape () or ({size},) and no event dimensions, but "
@@ -120,6 +119,10 @@ class MultiplicativeNoise(NoisePoint):
             found = f"{removed.dtype} of shape {tuple(removed.shape)}" if isinstance(removed, Tensor) else repr(removed)
             raise ValueError(f"removed must be a bool tensor of shape ({self.size},), but got {found}")
         self.keep.logical_and_(~removed.to(self.keep.device))
+
+    def after_loading(self) -> None:
+        self._declared = None
+        self.forget()
 
     def silence(self) -> None:
         self.site = None

@@ -39,6 +39,10 @@ class NoisePosterior:
         """Number of structures of each site."""
         raise NotImplementedError
 
+    def after_loading(self) -> None:
+        """Hear that parameters and buffers have been replaced by those of a file."""
+        raise NotImplementedError
+
 
 def check_model(model: Any) -> None:
     """Raise ``TypeError`` unless ``model`` is a noisy model."""

@@ -47,6 +47,9 @@ class NoisePoint(nn.Module):
         original[self.index.to(values.device)] = values
         return original
 
+    def after_loading(self) -> None:
+        """Hear that buffers and sizes have been replaced by those of a file."""
+
     def silence(self) -> None:
         """Apply nothing but the mask from now on."""
         raise NotImplementedError
@@ -70,6 +73,10 @@ class Attachment(nn.Module):
 
     def detach_hooks(self, net: nn.Module) -> nn.Module:
         """Take the noise's hooks off ``net``, the network or a copy of it, and return it."""
+        raise NotImplementedError
+
+    def after_loading(self) -> None:
+        """Hear that the network and the noise layers have been replaced by those of a file."""
         raise NotImplementedError
 
     def follow(self, structures: "StructureSet") -> None:

@@ -140,7 +140,7 @@ def read_checkpoint(path: Path) -> State:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no checkpoint: {error}") from None
     info = header.get("info", "")
-    if header.get("sha256") != _digest(tensors, info):
+    if len(header) != 3 or header.get("sha256") != _digest(tensors, info):
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; start again in another folder")
     return State(tensors, json.loads(info))
 

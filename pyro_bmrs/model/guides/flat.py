@@ -151,6 +151,16 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
         self._sizes = self._model[0].sizes
         self._prior_groups = self._group_priors()
 
+    def after_loading(self) -> None:
+        sizes = self._model[0].sizes
+        found = {len(parameter) for parameter in self.parameters()}
+        if found != {sum(sizes.values())}:
+            raise ValueError(
+                f"the guide in the file is of {sorted(found)} structures, but its model has {sum(sizes.values())}: "
+                "load the model first"
+            )
+        self._sizes = sizes
+
     def check_priors(self) -> None:
         """Raise ``ValueError`` if the prior of a noise layer is not the one that the guide was made for any more."""
         for i, (kind, members) in enumerate(self._prior_kinds()):

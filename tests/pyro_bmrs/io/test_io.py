@@ -126,7 +126,7 @@ def test_a_pickle_is_refused_and_not_run(saved, tmp_path):
 def test_a_layer_that_is_none_of_torchs_is_refused(saved, kind):
     _, path, _ = saved
     description = json.loads(path.with_name("pruned.json").read_text())
-    description["network"]["children"]["conv1"]["type"] = kind
+    description["network"]["module"]["children"]["conv1"]["type"] = kind
     path.with_name("pruned.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="'conv1' is described as"):
         bmrs.load(path)
@@ -135,7 +135,7 @@ def test_a_layer_that_is_none_of_torchs_is_refused(saved, kind):
 def test_tensors_that_do_not_fit_the_description_are_refused(saved):
     _, path, _ = saved
     description = json.loads(path.with_name("pruned.json").read_text())
-    description["network"]["children"]["output"]["arguments"]["in_features"] += 1
+    description["network"]["module"]["children"]["output"]["arguments"]["in_features"] += 1
     path.with_name("pruned.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="do not fit the network described"):
         bmrs.load(path)
@@ -156,7 +156,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pyro_bmrs.io.networks.save_file", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         bmrs.save(nn.Sequential(nn.Linear(1, 1)), path)
     assert torch.equal(bmrs.load(path)(x), small(x))
