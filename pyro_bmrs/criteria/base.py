@@ -5,15 +5,18 @@ shift the score so that it lies at 0: remove where ``score >= 0``. The others on
 criterion would.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from pyro_bmrs.checks import described
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.structure_set import StructureSet
 
-__all__ = ["Criterion", "PruningContext", "Scores"]
+__all__ = ["Criterion", "PruningContext", "Scores", "checked_scores"]
 
 Scores = dict[str, Tensor]
 
@@ -56,3 +59,26 @@ class Criterion:
         scores = self.scores(context) if scores is None else scores
         masks = context.model.masks
         return {site: (score >= 0) & score.isfinite() & masks[site] for site, score in scores.items()}
+
+
+def checked_scores(criterion: Criterion, context: PruningContext) -> Scores:
+    """Return what a criterion makes of ``context``, without gradients.
+
+    Raises:
+        TypeError: If it is no tensor for each site.
+        ValueError: If sites or shapes are not those of the model.
+    """
+    name, sizes = type(criterion).__name__, context.model.sizes
+    scores: Any = criterion.scores(context)
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores of {name} must map each site to a tensor, but it returned {described(scores)}")
+    if scores.keys() != sizes.keys():
+        raise ValueError(f"scores of {name} must be for the sites {list(sizes)}, but are for {list(scores)}")
+    for site, score in scores.items():
+        real = isinstance(score, Tensor) and not score.is_complex()
+        if not (real and score.shape == (sizes[site],)):
+            raise (ValueError if real else TypeError)(
+                f"scores of {name} for site {site!r} must be a tensor of shape ({sizes[site]},), but are "
+                f"{described(score)}"
+            )
+    return {site: scores[site].detach().to(context.guide.device) for site in sizes}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, precision_window, spike
+from pyro_bmrs.checks import check_number, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
 
 __all__ = ["BMRS_N", "BMRS_U", "EvidenceCriterion"]
@@ -20,19 +21,45 @@ class EvidenceCriterion(Criterion):
 
     Args:
         prior_log_odds: Log-odds, before seeing data, of a structure being absent: one number, or for each site a number
-            or a tensor of shape ``(size,)``, as from ``cost_log_odds``. A decision needs them: evidence compares two
-            hypotheses as if they were equally likely.
+            or a tensor of shape ``(size,)`` in the numbering of the original network, as from ``cost_log_odds``. A
+            decision needs them: evidence compares two hypotheses as if they were equally likely.
+
+    Raises:
+        TypeError, ValueError: If log-odds are no finite numbers, or (when asked) not those of the model's sites.
     """
 
     prior_log_odds: float | Mapping[str, Tensor | float] = field(default=0.0, kw_only=True)
 
-    def log_odds(self, site: str) -> Tensor | float:
-        """Return the prior log-odds of one site's structures."""
+    def __post_init__(self) -> None:
+        by_site = isinstance(self.prior_log_odds, Mapping)
+        odds = dict(self.prior_log_odds) if isinstance(self.prior_log_odds, Mapping) else {"": self.prior_log_odds}
+        for site, each in odds.items():
+            name = f"prior_log_odds of site {site!r}" if by_site else "prior_log_odds"
+            if not (by_site and isinstance(each, Tensor)):
+                check_number(name, each, positive=False)
+            elif each.is_complex() or each.dtype == torch.bool or not bool(torch.isfinite(each).all()):
+                raise ValueError(f"{name} must be finite numbers, but got {described(each)} with others")
+
+    def log_odds(self, site: str, context: PruningContext) -> Tensor | float:
+        """Return the prior log-odds of the structures of one site that are physically there."""
         if not isinstance(self.prior_log_odds, Mapping):
             return self.prior_log_odds
-        if site not in self.prior_log_odds:
-            raise ValueError(f"prior_log_odds has no entry for site {site!r}; it has {list(self.prior_log_odds)}")
-        return self.prior_log_odds[site]
+        known, named = list(context.guide.sizes), list(self.prior_log_odds)
+        for other in (each for each in known if each not in named):
+            raise ValueError(f"prior_log_odds has no entry for site {other!r}; it has {named}")
+        for other in (each for each in named if each not in known):
+            raise ValueError(f"prior_log_odds names {other!r}, but the model's sites are {known}")
+        odds, layer = self.prior_log_odds[site], context.guide.noise[site]
+        if not isinstance(odds, Tensor) or odds.dim() == 0:
+            return odds
+        if odds.shape == (layer.original_size,):
+            return odds[layer.index.to(odds.device)]
+        if odds.shape == (layer.size,):
+            return odds
+        raise ValueError(
+            f"prior_log_odds of site {site!r} must be a number or of shape ({layer.original_size},), but has shape "
+            f"{tuple(odds.shape)}"
+        )
 
     def reduced_prior(self, prior: Any) -> Distribution:
         """Return the prior that would remove structures whose prior is ``prior``."""
@@ -43,13 +70,7 @@ class EvidenceCriterion(Criterion):
         priors, scores = context.guide.prior(), {}
         for site, posterior in context.guide.posterior().items():
             delta_f = evidence_change(posterior, priors[site], self.reduced_prior(priors[site]))
-            log_odds = torch.as_tensor(self.log_odds(site)).to(delta_f)
-            if log_odds.dim() and log_odds.shape != delta_f.shape:
-                raise ValueError(
-                    f"prior_log_odds of site {site!r} must be a number or of shape {tuple(delta_f.shape)}, but has "
-                    f"shape {tuple(log_odds.shape)}"
-                )
-            scores[site] = delta_f + log_odds
+            scores[site] = delta_f + torch.as_tensor(self.log_odds(site, context)).to(delta_f)
         return scores
 
 
@@ -68,6 +89,10 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
 
     scale: float = 1e-6
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("scale of BMRS_N", self.scale)
+
     def reduced_prior(self, prior: Any) -> Distribution:
         return spike(prior, self.scale)
 
@@ -85,6 +110,14 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
 
     p1: float = 8
     p2: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("p1 of BMRS_U", self.p1, positive=False)
+        if self.p2 is not None and not check_number("p2 of BMRS_U", self.p2, positive=False) > self.p1:
+            raise ValueError(
+                f"p2 of BMRS_U must be above p1={self.p1}, but got {self.p2}: the window reaches from 2^-p2 to 2^-p1"
+            )
 
     def reduced_prior(self, prior: Any) -> Distribution:
         return precision_window(prior, self.p1, self.p2)

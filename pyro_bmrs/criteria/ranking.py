@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.checks import check_integer, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
 from pyro_bmrs.criteria.evidence import BMRS_N
 from pyro_bmrs.structures.cost import count_parameters
@@ -30,6 +31,7 @@ class RankingCriterion(Criterion):
             paper's reference code does.
 
     Raises:
+        TypeError: If ``match`` is no criterion with a decision line.
         ValueError: If ``match_by`` is neither.
     """
 
@@ -37,6 +39,10 @@ class RankingCriterion(Criterion):
     match_by: _MatchBy = field(default="parameters", kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.match, Criterion):
+            raise TypeError(f"match must be a Criterion, for instance BMRS_N(), but got {described(self.match)}")
+        if isinstance(self.match, RankingCriterion):
+            raise TypeError(f"match must have a decision line of its own, but {type(self.match).__name__} only ranks")
         if self.match_by not in get_args(_MatchBy):
             raise ValueError(f"match_by must be one of {get_args(_MatchBy)}, but got {self.match_by!r}")
 
@@ -104,7 +110,7 @@ class GradientWeightNorm(RankingCriterion):
 
 @dataclass(frozen=True)
 class Random(RankingCriterion):
-    """Rank by chance, the same at every pruning.
+    """Rank by chance, each structure the same at every pruning.
 
     Args:
         seed: Seed of the ranking.
@@ -112,11 +118,17 @@ class Random(RankingCriterion):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("seed of Random", self.seed, high=2**63 - 1)
+
     def scores(self, context: PruningContext) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
+        ranks = {
+            site: torch.rand(layer.original_size, generator=generator) for site, layer in context.model.noise.items()
+        }
         return {
-            site: torch.rand(size, generator=generator).to(context.guide.device)
-            for site, size in context.guide.sizes.items()
+            site: ranks[site][layer.index.cpu()].to(context.guide.device) for site, layer in context.model.noise.items()
         }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmrs.checks import check_number
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
 from pyro_bmrs.distributions import signal_to_noise
 
@@ -18,6 +19,9 @@ class _ThresholdCriterion(Criterion):
     """Remove where a positive statistic of the posterior is at most ``threshold``."""
 
     threshold: float
+
+    def __post_init__(self) -> None:
+        check_number(f"threshold of {type(self).__name__}", self.threshold)
 
     def statistic(self, posterior: Any) -> Tensor:
         raise NotImplementedError

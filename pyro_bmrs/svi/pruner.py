@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_bmrs.criteria import Criterion, PruningContext
+from pyro_bmrs.criteria.base import checked_scores
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
@@ -169,7 +170,7 @@ class Pruner:
         return criterion.supported(self._context(), scores), scores
 
     def _scores(self, criterion: Criterion) -> dict[str, Tensor]:
-        return {site: score.detach() for site, score in criterion.scores(self._context()).items()}
+        return checked_scores(criterion, self._context())
 
     def _context(self) -> PruningContext:
         return PruningContext(self.model, self.guide, self.structures, *self.batch)
