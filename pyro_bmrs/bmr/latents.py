@@ -27,7 +27,10 @@ from torch.distributions import (
     constraints,
 )
 
-__all__ = ["Latents", "posterior_and_prior", "read_latents", "to_elements"]
+from pyro_bmrs.bmr.registry import POINT_MASS, is_point_mass
+from pyro_bmrs.checks import described
+
+__all__ = ["Latents", "check_no_point_mass", "posterior_and_prior", "read_latents", "to_elements"]
 
 Program = Callable[..., Any]
 
@@ -78,13 +81,23 @@ def posterior_and_prior(
         (Normal(loc: torch.Size([3]), scale: torch.Size([3])), Normal(loc: torch.Size([3]), scale: torch.Size([3])))
     """
     found = read_latents(guide, model, [site], *args, **kwargs)
+    check_no_point_mass(site, found.posteriors[site])
     return found.posteriors[site], found.priors[site]
+
+
+def check_no_point_mass(site: str, posterior: Distribution) -> None:
+    """Raise ``NotImplementedError`` if the posterior of a site has all its mass at one point."""
+    if is_point_mass(posterior):
+        raise NotImplementedError(f"the guide's distribution of site {site!r} {POINT_MASS}")
 
 
 @torch.no_grad()
 def read_latents(guide: Program, model: Program, names: Iterable[str], *args: Any, **kwargs: Any) -> Latents:
     """Return posterior and prior of the latent sites ``names``; see ``reduce`` for arguments and errors."""
     names = list(names)
+    for name, program in (("guide", guide), ("model", model)):
+        if not callable(program) or isinstance(program, type):
+            raise TypeError(f"{name} must be a Pyro program, a function or module, but got {described(program)}")
     if isinstance(guide, StatedPosterior):
         posteriors, priors = guide.posterior(), guide.prior()
         _check_known(names, posteriors)

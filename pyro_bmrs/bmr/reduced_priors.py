@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
+from pyro_bmrs.checks import check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 
 __all__ = ["precision_window", "spike"]
@@ -38,14 +39,14 @@ def spike(prior: Any, scale: float = 1e-6) -> Distribution:
 @spike.register(LogUniform)
 @spike.register(TruncatedLogNormal)
 def _spike_at_lower_bound(prior: LogUniform | TruncatedLogNormal, scale: float = 1e-6) -> TruncatedLogNormal:
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be a positive number, but got {scale}; the paper uses 1e-6")
+    check_number("scale", scale)
     return TruncatedLogNormal(
         prior.log_low, torch.full_like(prior.log_low, scale), prior.log_low, prior.log_high, validate_args=False
     )
 
 
-def precision_window(prior: LogUniform | TruncatedLogNormal, p1: float = 8, p2: float | None = 23) -> LogUniform:
+@singledispatch
+def precision_window(prior: Any, p1: float = 8, p2: float | None = 23) -> Distribution:
     r"""Return BMRS_U's reduced prior: log-uniform on :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10 of the paper).
 
     Noise below :math:`2^{-p_1}` is lost when it multiplies numbers of :math:`p_1` bits; :math:`2^{-23}` is
@@ -59,7 +60,21 @@ def precision_window(prior: LogUniform | TruncatedLogNormal, p1: float = 8, p2: 
 
     Raises:
         ValueError: If the window is empty or reaches outside the prior's support.
+        NotImplementedError: If no window is known for this type of prior; families of your own say what it is with
+            ``@precision_window.register``.
     """
+    raise NotImplementedError(
+        f"no precision window is known for a {type(prior).__name__} prior, only for LogUniform and TruncatedLogNormal "
+        "ones: use BMRS_N, or register one with @precision_window.register"
+    )
+
+
+@precision_window.register(LogUniform)
+@precision_window.register(TruncatedLogNormal)
+def _window_of_logs(prior: LogUniform | TruncatedLogNormal, p1: float = 8, p2: float | None = 23) -> LogUniform:
+    check_number("p1", p1, positive=False)
+    if p2 is not None:
+        check_number("p2", p2, positive=False)
     log_high = torch.full_like(prior.log_high, -p1 * math.log(2))
     log_low = prior.log_low if p2 is None else torch.full_like(prior.log_low, -p2 * math.log(2))
     inside = (prior.log_low <= log_low) & (log_low < log_high) & (log_high <= prior.log_high)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributions import Distribution, LogNormal, MultivariateNormal
 
 from pyro_bmrs.bmr.joint_normal import as_multivariate, marginals, moments, on_line, side_by_side
-from pyro_bmrs.bmr.latents import Latents, Program, read_latents, to_elements
+from pyro_bmrs.bmr.latents import Latents, Program, check_no_point_mass, read_latents, to_elements
 from pyro_bmrs.bmr.registry import evidence_change, reduced_posterior
+from pyro_bmrs.checks import described
 
 __all__ = ["Reduction", "reduce"]
 
@@ -58,6 +59,7 @@ class Reduction:
     sites: Mapping[str, Triple]
     _latents: Latents = field(repr=False)
 
+    @torch.no_grad()
     def joint(self, elements: Elements | None = None) -> Tensor:
         r"""Return :math:`\Delta F` of reducing the priors of these elements together, and of no others, in nats.
 
@@ -91,6 +93,7 @@ class Reduction:
         return torch.stack(changes).sum() if changes else torch.zeros(())
 
     @property
+    @torch.no_grad()
     def reduced_posteriors(self) -> dict[str, Distribution]:
         """The posterior of each site under the reduced priors of all elements, with the site's event dimensions.
 
@@ -118,10 +121,11 @@ class Reduction:
             shape = self.delta_f[site].shape
             if mask is None:
                 masks[site] = torch.ones_like(self.delta_f[site], dtype=torch.bool)
-            elif mask.dtype != torch.bool or mask.shape != shape:
+            elif not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+                found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else described(mask)
                 raise ValueError(
                     f"the elements of site {site!r} must be a bool tensor of shape {tuple(shape)}, True where the "
-                    f"prior is reduced, but got {mask.dtype} of shape {tuple(mask.shape)}"
+                    f"prior is reduced, but got {found}"
                 )
             else:
                 masks[site] = mask.to(self.delta_f[site].device)
@@ -199,6 +203,7 @@ def reduce(
         >>> reduce(guide, model, {"w": dist.Delta(torch.zeros(2))}).delta_f["w"]
         tensor([  1.4844, -48.3906])
     """
+    _check_reduced_priors(reduced_priors)
     latents = read_latents(guide, model, reduced_priors, *args, **kwargs)
     sites = {
         site: _fitted(site, latents.posteriors[site], latents.priors[site], to_elements(reduced))
@@ -207,14 +212,18 @@ def reduce(
     return Reduction({site: _delta_f(site, triple) for site, triple in sites.items()}, sites, latents)
 
 
+def _check_reduced_priors(reduced_priors: Any) -> None:
+    if not isinstance(reduced_priors, Mapping):
+        raise TypeError(f"reduced_priors must map sites to distributions, but got {described(reduced_priors)}")
+    for site, prior in reduced_priors.items():
+        if not isinstance(prior, Distribution):
+            raise TypeError(f"the reduced prior of site {site!r} must be a distribution, but got {described(prior)}")
+
+
 def _fitted(site: str, posterior: Any, prior: Any, reduced_prior: Any) -> Triple:
     """Return the three broadcast to the site's shape."""
     shape = _shape(prior)
-    if isinstance(posterior, dist.Delta):
-        raise NotImplementedError(
-            f"the guide's distribution of site {site!r} is a point mass, which leaves no posterior to reduce; fit "
-            "another guide, AutoNormal for one"
-        )
+    check_no_point_mass(site, posterior)
     if not _broadcasts(_shape(reduced_prior), shape):
         raise ValueError(
             f"the reduced prior of site {site!r} has shape {tuple(_shape(reduced_prior))}, which does not broadcast to "

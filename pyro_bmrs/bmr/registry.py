@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from torch.distributions.utils import _sum_rightmost
 
+from pyro_bmrs.checks import described
+
 __all__ = [
     "DivergentIntegralError",
     "check_convergence",
+    "check_distributions",
     "evidence_change",
+    "is_point_mass",
     "reduced_posterior",
     "register_evidence_change",
     "register_reduced_posterior",
@@ -131,8 +135,9 @@ def evidence_change(posterior: Distribution, prior: Distribution, reduced_prior:
         posterior's are lighter than the prior's.
 
     Raises:
-        NotImplementedError: If no rule is registered for the three types.
-        ValueError: If a support does not lie within the prior's.
+        TypeError: If one of the three is no distribution.
+        NotImplementedError: If no rule is registered for the three types, or the posterior is a point mass.
+        ValueError: If shapes do not broadcast, or a support does not lie within the prior's.
 
     References:
         BMRS: Bayesian Model Reduction for Structured Pruning (Wright et al., 2024)
@@ -144,6 +149,7 @@ def evidence_change(posterior: Distribution, prior: Distribution, reduced_prior:
         >>> bmrs.evidence_change(q, prior, bmrs.spike(prior))
         tensor([ 9.9808e-02, -1.9008e+04])
     """
+    check_distributions(posterior, prior, reduced_prior, same_events=False)
     reduced_prior = _merge_event_dims(reduced_prior)
     if isinstance(posterior, Independent) and not isinstance(reduced_prior, Delta):
         return _sum_rightmost(
@@ -169,12 +175,52 @@ def reduced_posterior(posterior: Distribution, prior: Distribution, reduced_prio
         >>> bmrs.reduced_posterior(q, prior, bmrs.spike(prior, scale=1.0)).loc
         tensor(-12.)
     """
+    check_distributions(posterior, prior, reduced_prior, same_events=False)
     reduced_prior = _merge_event_dims(reduced_prior)
     if isinstance(posterior, Independent) and not isinstance(reduced_prior, Delta):
         base = reduced_posterior(*_unwrap(posterior, prior, reduced_prior))
         return Independent(base, posterior.reinterpreted_batch_ndims)
     rule = _find_rule("reduced_posterior", (type(posterior), type(prior), type(reduced_prior)))
     return rule(posterior, prior, reduced_prior)
+
+
+def check_distributions(posterior: Any, prior: Any, reduced_prior: Any, same_events: bool = True) -> torch.Size:
+    """Return the broadcast ``batch_shape`` of the three, or raise naming the one that does not fit.
+
+    Raises:
+        TypeError: If one of them is no distribution.
+        NotImplementedError: If the posterior is a point mass.
+        ValueError: If they differ in ``event_shape``, or their ``batch_shape`` do not broadcast.
+    """
+    named = {"posterior": posterior, "prior": prior, "reduced_prior": reduced_prior}
+    for name, each in named.items():
+        if not isinstance(each, Distribution):
+            raise TypeError(f"{name} must be a distribution, but got {described(each)}")
+    if is_point_mass(posterior):
+        raise NotImplementedError(f"the posterior {POINT_MASS}")
+    shapes = {name: (tuple(each.batch_shape), tuple(each.event_shape)) for name, each in named.items()}
+    one_event = len({event for _, event in shapes.values()}) == 1
+    if not (one_event or same_events):
+        return torch.Size()  # the rules for events say what does not fit
+    try:
+        if one_event:
+            return torch.broadcast_shapes(*(batch for batch, _ in shapes.values()))
+    except RuntimeError:
+        pass
+    raise ValueError(
+        "posterior, prior and reduced prior need one event_shape and batch_shapes that broadcast, but their "
+        f"(batch_shape, event_shape) are {', '.join(map(str, shapes.values()))}; .expand() or .to_event() them"
+    )
+
+
+POINT_MASS = "is a point mass, which leaves no posterior to reduce; fit another guide, AutoNormal for one"
+
+
+def is_point_mass(distribution: Distribution) -> bool:
+    """Return whether a distribution has all its mass at one point."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return isinstance(distribution, Delta)
 
 
 def check_convergence(converges: Tensor, reason: str) -> None:

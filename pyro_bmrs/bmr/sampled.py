@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_bmrs.bmr.registry import check_distributions
+from pyro_bmrs.checks import check_integer
+
 __all__ = [
     "PARETO_K_LIMIT",
     "SampledEvidenceChange",
@@ -85,6 +88,8 @@ def estimate_evidence_change(
         have the distributions' dtype; what is made of them is computed in float64, in the draws' dtype.
 
     Raises:
+        TypeError: If an argument is of another type.
+        NotImplementedError: If the posterior is a point mass.
         ValueError: If there are too few draws, shapes do not fit, or draws lie outside the prior's support.
 
     Warns:
@@ -101,9 +106,11 @@ def estimate_evidence_change(
         >>> bool((result.estimate - exact).abs() < 3 * result.standard_error)
         True
     """
-    if num_samples < 5 * _SMALLEST_TAIL:
+    if check_integer("num_samples", num_samples) < 5 * _SMALLEST_TAIL:
         raise ValueError(f"num_samples must be at least {5 * _SMALLEST_TAIL}, but got {num_samples}; 4000 is usual")
-    shape = _common_batch_shape(posterior, prior, reduced_prior)
+    if seed is not None:
+        check_integer("seed", seed, high=2**63 - 1)
+    shape = check_distributions(posterior, prior, reduced_prior)
     with torch.no_grad(), _seeded(seed):
         draws = posterior.expand(shape).sample((num_samples,))
         rows = _log_weights(draws, prior, reduced_prior).double().movedim(0, -1).reshape(-1, num_samples)
@@ -112,19 +119,6 @@ def estimate_evidence_change(
     result = SampledEvidenceChange(estimate, standard_error, k, num_samples)
     _warn_where_unreliable(result)
     return result
-
-
-def _common_batch_shape(*distributions: Distribution) -> torch.Size:
-    shapes = [(tuple(each.batch_shape), tuple(each.event_shape)) for each in distributions]
-    try:
-        if len({event for _, event in shapes}) == 1:
-            return torch.broadcast_shapes(*(batch for batch, _ in shapes))
-    except RuntimeError:
-        pass
-    raise ValueError(
-        "posterior, prior and reduced prior need one event_shape and batch_shapes that broadcast, but their "
-        f"(batch_shape, event_shape) are {', '.join(map(str, shapes))}; .expand() or .to_event() them"
-    )
 
 
 @contextmanager

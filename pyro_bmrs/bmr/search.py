@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from pyro_bmrs.checks import check_number, described
+
 __all__ = ["SearchResult", "greedy_search"]
 
 Candidate = TypeVar("Candidate", bound=Hashable)
@@ -38,11 +40,17 @@ def greedy_search(
         candidates: What may be removed.
         prior_log_odds: Log-odds a priori of a candidate being absent, which count for each that is removed.
 
+    Raises:
+        TypeError, ValueError: If ``delta_f_of`` is no function, or ``prior_log_odds`` no finite number.
+
     Example:
         >>> joint = lambda removed: 3.0 - 2.0 * abs(len(removed) - 2)
         >>> greedy_search(joint, ["a", "b", "c"])
         SearchResult(removed=('a', 'b'), delta_f=(1.0, 3.0))
     """
+    if not callable(delta_f_of):
+        raise TypeError(f"delta_f_of must be a function of the candidates removed, but got {described(delta_f_of)}")
+    check_number("prior_log_odds", prior_log_odds, positive=False)
     remaining = list(candidates)
     removed: tuple[Candidate, ...] = ()
     delta_f: tuple[float, ...] = ()
