@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
+from pyro_bmrs.checks import check_integer, described
 from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["evidence_changes", "to_arviz"]
@@ -25,6 +26,9 @@ def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distributi
         guide: The fitted guide.
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
     """
+    _check_guide(guide)
+    if not callable(reduced_prior):
+        raise TypeError(f"reduced_prior must be a function of a prior, as spike is, but got {described(reduced_prior)}")
     priors, layers = guide.prior(), guide.noise
     return {
         site: layers[site].in_original(evidence_change(posterior, priors[site], reduced_prior(priors[site])), math.nan)
@@ -47,12 +51,14 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
         seed: Their seed; the global random state is left alone.
 
     Raises:
+        TypeError: If ``guide`` is no guide of ours, or another argument no integer.
         ValueError: If ``draws`` is not positive.
     """
     from pyro_bmrs._arviz import from_dict  # noqa: PLC0415  (ArviZ takes as long to import as torch)
 
-    if draws < 1:
-        raise ValueError(f"draws must be positive, but got {draws}")
+    _check_guide(guide)
+    check_integer("draws", draws, low=1)
+    check_integer("seed", seed, high=2**63 - 1)
     with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
         torch.manual_seed(seed)
         posterior = guide.draw((1, draws))
@@ -67,3 +73,8 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
         coords={f"{site}_structure": layer.index.tolist() for site, layer in guide.noise.items()},
         dims={name: [f"{site}_structure"] for site in guide.sizes for name in (site, f"{site}.kept")},
     )
+
+
+def _check_guide(guide: Any) -> None:
+    if not isinstance(guide, FlatGuide):
+        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")

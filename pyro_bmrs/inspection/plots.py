@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change
+from pyro_bmrs.bmr.registry import check_distributions
+from pyro_bmrs.checks import check_number, described
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
@@ -32,9 +35,25 @@ def plot_reduction(
         prior: Its prior.
         reduced_prior: The prior that would remove the structure.
         ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If one of the three is no distribution, or ``ax`` no axes.
+        ValueError: If they are of more than one structure.
+        NotImplementedError: If the prior is not on an interval of positive numbers, as a log-uniform one is.
     """
+    shape = check_distributions(posterior, prior, reduced_prior)
+    if shape.numel() != 1:
+        raise ValueError(
+            f"plot_reduction draws one structure, but the distributions have batch_shape {tuple(shape)}: index them"
+        )
+    for name, each in (("posterior", posterior), ("prior", prior), ("reduced_prior", reduced_prior)):
+        if not isinstance(each, LogUniform | TruncatedLogNormal):
+            raise NotImplementedError(
+                f"plot_reduction draws densities of log(theta) between the bounds of LogUniform and TruncatedLogNormal "
+                f"distributions, but {name} is {described(each)}"
+            )
     ax = _axes(ax)
-    posterior, prior, reduced_prior = map(_on_cpu, (posterior, prior, reduced_prior))
+    posterior, prior, reduced_prior = (_on_cpu(each) for each in (posterior, prior, reduced_prior))
     delta_f = float(evidence_change(posterior, prior, reduced_prior))
     support: Any = prior.support
     low, high = (float(torch.log(bound)) for bound in (support.lower_bound, support.upper_bound))
@@ -81,7 +100,14 @@ def _log_quantiles(posterior: Any, probabilities: Sequence[float]) -> list[Tenso
     """Return quantiles of log(theta): exact where the family has them, of 4,000 draws elsewhere."""
     if hasattr(posterior, "log_icdf"):
         return [posterior.log_icdf(torch.full_like(posterior.mean, p)).cpu() for p in probabilities]
-    draws = torch.log(posterior.sample((4000,))).cpu()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        theta = posterior.sample((4000,)).cpu()
+    if bool((theta < 0).any()):
+        raise ValueError(
+            f"noise of a {type(posterior).__name__} posterior may be negative and has no logarithm to draw"
+        )
+    draws = torch.log(theta)
     return [torch.quantile(draws, p, dim=0) for p in probabilities]
 
 
@@ -90,10 +116,18 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
     r"""Draw median and central interval of every structure's :math:`\log\theta`, by layer, sorted within it.
 
     Args:
-        guide: The fitted guide.
+        guide: The fitted guide, of noise that is positive.
         mass: Posterior mass of the intervals.
         ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
+        ValueError: If ``mass`` is not inside (0, 1), or noise may be negative.
     """
+    if not isinstance(guide, FlatGuide):
+        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
+    if not 0 < check_number("mass", mass) < 1:
+        raise ValueError(f"mass must lie inside (0, 1), but got {mass}")
     ax = _axes(ax, figsize=(7, 9))
     tail = (1 - mass) / 2
     keep = guide.split(guide.keep)
@@ -126,14 +160,23 @@ def plot_evidence(
     r"""Draw :math:`\Delta F` of every structure by layer, with the decision line.
 
     Args:
-        delta_f: Evidence change of each site's structures, in nats, as from ``evidence_changes``.
+        delta_f: Evidence change of each site's structures, in nats, as from ``evidence_changes``; NaN, where a
+            structure has been cut out, is not drawn.
         masks: True = kept; by default what lies below the line.
         prior_log_odds: The criterion's; the line is at minus that.
         ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If sites or shapes differ.
     """
+    delta_f = _by_site("delta_f", delta_f)
+    check_number("prior_log_odds", prior_log_odds, positive=False)
+    if masks is None:
+        masks = {site: values + prior_log_odds < 0 for site, values in delta_f.items()}
+    masks = _by_site("masks", masks, like=delta_f, dtype=torch.bool)
     ax = _axes(ax)
     generator = np.random.default_rng(0)
-    masks = masks or {site: values + prior_log_odds < 0 for site, values in delta_f.items()}
     for column, (site, values) in enumerate(delta_f.items()):
         kept = masks[site].cpu().numpy()
         jitter = generator.uniform(-0.3, 0.3, len(kept))
@@ -157,11 +200,20 @@ def plot_evidence_snr(
     r"""Draw :math:`\Delta F` against the signal-to-noise ratio, with both criteria's decision lines.
 
     Args:
-        delta_f: Evidence change of each site's structures, in nats.
-        snr: Their signal-to-noise ratios, as from ``posterior.snr``.
+        delta_f: Evidence change of each site's structures, in nats; NaN, where a structure has been cut out, is not
+            drawn.
+        snr: Their signal-to-noise ratios, as from ``posterior.snr``; after shrinking, in the numbering of the original
+            network: ``guide.noise[site].in_original(snr, math.nan)``.
         prior_log_odds: The evidence criterion's; its line is at minus that.
         ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If sites or shapes differ.
     """
+    delta_f = _by_site("delta_f", delta_f)
+    snr = _by_site("snr", snr, like=delta_f)
+    check_number("prior_log_odds", prior_log_odds, positive=False)
     ax = _axes(ax)
     palette = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(delta_f)))
     markers = "osD^vP*X"
@@ -174,7 +226,10 @@ def plot_evidence_snr(
     ax.axvline(1.0, color="black", linewidth=1, linestyle=":")
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=1)
-    ax.set_ylim(top=2 * max(1.0, *(float(values.max()) for values in delta_f.values())))
+    highest = max(
+        (float(values[values.isfinite()].max()) for values in delta_f.values() if values.isfinite().any()), default=1.0
+    )
+    ax.set_ylim(top=2 * max(1.0, highest))
     ax.set_xlabel("signal-to-noise ratio, mean / standard deviation (log scale)")
     ax.set_ylabel(_DELTA_F)
     ax.set_title("dashed: evidence decision line, dotted: SNR = 1", fontsize=9)
@@ -190,8 +245,12 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -
         ax: Axes to draw on; new ones by default. The second quantity gets an axis of its own on the right.
 
     Raises:
+        TypeError: If it is no sequence of records.
         ValueError: If the history is empty.
     """
+    if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history):
+        hint = "; pass its .history" if hasattr(history, "history") else ""
+        raise TypeError(f"history must be the records of a fit, but got {described(history)}{hint}")
     if not history:
         raise ValueError("the history is empty: fit for at least one epoch")
     ax = _axes(ax)
@@ -217,7 +276,31 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4.5)) -> Axes:
+    if not (ax is None or isinstance(ax, Axes)):
+        raise TypeError(f"ax must be axes of Matplotlib, as plt.subplots() returns, but got {described(ax)}")
     return plt.subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
+
+
+def _by_site(
+    name: str, values: Any, like: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return ``values``, which must be a real tensor for each site, of the sites and shapes of ``like``, to draw."""
+    if not isinstance(values, Mapping):
+        hint = f"; pass its .{name}" if hasattr(values, name) else ""
+        raise TypeError(f"{name} must map sites to tensors, but got {described(values)}{hint}")
+    if not values or (like is not None and values.keys() != like.keys()):
+        wanted = "at least one site" if like is None else f"the sites {list(like)}"
+        raise ValueError(f"{name} must have {wanted}, but names {list(values)}")
+    for site, each in values.items():
+        if not isinstance(each, Tensor) or each.dim() != 1 or each.is_complex() or dtype not in (None, each.dtype):
+            kind = "bool tensor" if dtype is torch.bool else "tensor"
+            raise TypeError(f"{name} of site {site!r} must be a {kind} of one dimension, but got {described(each)}")
+        if like is not None and each.shape != like[site].shape:
+            raise ValueError(
+                f"{name} of site {site!r} must be of shape {tuple(like[site].shape)}, one per structure of the "
+                f"original network, but is of shape {tuple(each.shape)}"
+            )
+    return {site: each.detach().cpu() for site, each in values.items()}
 
 
 def _layer(site: str) -> str:

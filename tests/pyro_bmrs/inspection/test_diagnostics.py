@@ -50,7 +50,7 @@ def test_draws_are_reproducible_and_leave_the_random_state_alone():
 
 def test_draws_must_be_positive():
     _, guide, _ = build("mlp")
-    with pytest.raises(ValueError, match="draws must be positive, but got 0"):
+    with pytest.raises(ValueError, match="draws must be a positive integer, but got 0"):
         bmrs.to_arviz(guide, draws=0)
 
 
