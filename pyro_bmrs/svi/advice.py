@@ -1,15 +1,18 @@
 """What a fit that has little to show for it says at its end: one warning, with figures and what to turn."""
 
 import warnings
-from typing import Any
 
 import torch
 from pyro.distributions import Categorical
 from torch import Tensor
 
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.prediction import predict
+from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.result import FitWarning
-from pyro_bmrs.svi.run import Run
+from pyro_bmrs.svi.schedule import Rates
 
 __all__ = ["Advice"]
 
@@ -22,33 +25,43 @@ class Advice:
     """Notes how a fit begins, and says at its end what went nowhere.
 
     Args:
-        run: The fit, before its first epoch.
+        history: Its history, before the first epoch.
+        pruner: Removes its structures.
+        rates: Its learning rates.
+        steps_per_epoch: Its number of steps per epoch.
+        data: Training inputs and observations.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._before = {name: p.detach().clone() for name, p in run.guide.named_parameters()}
-        self._removed_before = {site: ~mask for site, mask in run.pruner.masks.items()}
+    def __init__(
+        self, history: History, pruner: Pruner, rates: Rates, steps_per_epoch: int, data: tuple[Tensor, Tensor]
+    ) -> None:
+        self.history, self.pruner, self.rates = history, pruner, rates
+        self.steps_per_epoch, self.data = steps_per_epoch, data
+        self.model, self.guide = history.model, history.guide
+        self._before = {name: p.detach().clone() for name, p in self.guide.named_parameters()}
+
+    def text(self) -> str:
+        """Return what went nowhere and what to do about it, or an empty string."""
+        found = [*self._pruning(), *self._accuracy(), *self._movement()]
+        reasons = "; ".join(reason for reason, _ in found)
+        turns = "; ".join(dict.fromkeys(turn for _, turn in found))
+        return f"{reasons}. {turns}" if found else ""
 
     def give(self) -> None:
         """Warn once of all that went nowhere, if anything did."""
-        found = [*self._pruning(), *self._accuracy(), *self._movement()]
-        if found:
-            reasons, turns = zip(*found, strict=True)
-            what = "; ".join(dict.fromkeys(turn for turn in turns if turn))
-            warnings.warn(f"the fit has ended, but {'; '.join(reasons)}. {what}", FitWarning, stacklevel=4)
+        if text := self.text():
+            warnings.warn(f"the fit has ended, but {text}", FitWarning, stacklevel=3)
 
     def _pruning(self) -> list[tuple[str, str]]:
-        run = self.run
-        kept = {site: int(mask.sum()) for site, mask in run.pruner.masks.items()}
-        total, left = sum(len(mask) for mask in run.pruner.masks.values()), sum(kept.values())
+        kept = {site: int(mask.sum()) for site, mask in self.pruner.masks.items()}
+        total, left = sum(len(mask) for mask in self.pruner.masks.values()), sum(kept.values())
         if left <= _NEARLY_ALL * total or not all(kept.values()):
             empty = [site for site, count in kept.items() if not count]
             of = f", none of {', '.join(map(repr, empty))}" if empty else ""
             return [(f"only {left} of {total} structures are left{of}", f"Lower kl_weight (now {self._kl_weight()})")]
-        if run.pruner.criterion is None or left < total:
+        if self.pruner.criterion is None or left < total:
             return []
-        scores = [score[score.isfinite()] for score in run.pruner.scores.values()]
+        scores = [score[score.isfinite()] for score in self.pruner.scores.values()]
         known = torch.cat(scores) if scores else torch.empty(0)
         closest = f" (the closest scores {float(known.max()):.3g}, and 0 removes)" if len(known) else ""
         if not scores:
@@ -58,15 +71,15 @@ class Advice:
         return [(f"none of {total} structures was removed{closest}", self._more())]
 
     def _accuracy(self) -> list[tuple[str, str]]:
-        run, (x, y) = self.run, self.run.trainer.data
-        if not run.history.entries:
+        x, y = self.data
+        if not self.history.entries:
             return []
-        if run.validation is not None:
-            y = run.validation[1]
-            accuracy = run.history.entries[-1].get("accuracy_validation")
+        if self.history.validation is not None:
+            y = self.history.validation[1]
+            accuracy = self.history.entries[-1].get("accuracy_validation")
         else:
             x, y = x[:_ROWS], y[:_ROWS]
-            accuracy = _accuracy(run, x, y)
+            accuracy = _accuracy(self.model, self.guide, x, y)
         if accuracy is None:
             return []
         majority = float(y.long().bincount().max()) / len(y)
@@ -81,11 +94,10 @@ class Advice:
         ]
 
     def _movement(self) -> list[tuple[str, str]]:
-        run = self.run
-        if run.trainer.rates.noisy_epochs == 0:
+        if self.rates.noisy_epochs == 0:
             return []
         changes = {}
-        for name, parameter in run.guide.named_parameters():
+        for name, parameter in self.guide.named_parameters():
             before = self._before[name]
             if before.shape != parameter.shape:  # the network has shrunk: the posterior has moved enough for that
                 return []
@@ -96,20 +108,20 @@ class Advice:
         return [(f"the posterior has hardly moved from where it began (median change: {shown})", self._more())]
 
     def _more(self) -> str:
-        rates = self.run.trainer.rates
+        rates = self.rates
         return (
-            f"Train for more steps (now {rates.noisy_epochs * self.run.trainer.steps_per_epoch} with noise), raise "
+            f"Train for more steps (now {rates.noisy_epochs * self.steps_per_epoch} with noise), raise "
             f"posterior_lr (now {rates.posterior_lr:g}) or kl_weight (now {self._kl_weight()})"
         )
 
     def _kl_weight(self) -> str:
-        model: Any = self.run.model
+        model = self.model
         weights = sorted({model.kl_weight * each for each in model.kl_weights.values()})
         return f"{weights[0]:.3g}" if len(weights) == 1 else f"{weights[0]:.3g} to {weights[-1]:.3g}"
 
 
-def _accuracy(run: Run, x: Tensor, y: Tensor) -> float | None:
-    observed = run.model.likelihood(predict(run.model, run.guide, x))
+def _accuracy(model: NoisyNetwork, guide: FlatGuide, x: Tensor, y: Tensor) -> float | None:
+    observed = model.likelihood(predict(model, guide, x))
     if not isinstance(observed, Categorical):
         return None
     return float((observed.logits.argmax(-1) == y.to(observed.logits.device)).double().mean())

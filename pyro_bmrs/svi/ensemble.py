@@ -2,29 +2,41 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 
+from pyro_bmrs.checks import check_flag, check_integer, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
+from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, ProgressBar
-from pyro_bmrs.svi.data import Data, check_data, check_observations
-from pyro_bmrs.svi.devices import resolve_device
+from pyro_bmrs.svi.data import Data
+from pyro_bmrs.svi.devices import check_dtypes, resolve_device
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING
 from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.isolation import isolated, local_seed
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.replicas import ReplicaTrainer
-from pyro_bmrs.svi.result import FitResult
+from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, Rates
+from pyro_bmrs.svi.settings import (
+    Pair,
+    check_choices,
+    check_data_sets,
+    check_model_and_guide,
+    check_numbers,
+    check_trained,
+    counting_examples,
+)
 
 __all__ = ["Replica", "fit_ensemble"]
 
@@ -114,44 +126,66 @@ def fit_ensemble(
         >>> torch.stack([bmrs.predict(each.model, each.guide, x).softmax(-1) for each in replicas]).mean(0).shape
         torch.Size([20, 2])
     """
+    check_choices(criterion, pruning)
     _check_pruning(pruning)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be one or more different integers, but got {list(seeds)}")
+    seeds = _checked_seeds(seeds)
     rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, decay=decay)
-    x, y = check_data(train, "train")
-    held_out = None if validation is None else check_data(validation, "validation")
-    if not 1 <= batch_size <= len(x):
-        raise ValueError(f"batch_size must lie between 1 and the {len(x)} training examples, but got {batch_size}")
-    target = resolve_device(device)
+    check_numbers(seed=None, batch_size=batch_size)
+    check_flag("progress", progress)
+    for name, function in (("make", make), *((("callbacks", callbacks),) if callbacks is not None else ())):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, but got {described(function)}")
+    elbo, target = MeanFieldELBO(granularity), resolve_device(device)
     started = time.perf_counter()
-    with torch.random.fork_rng([target] if target.type == "cuda" else []), pyro.validation_enabled(False):
-        pairs = _make_all(make, seeds, target, len(x))
-        for model, _ in pairs:
-            check_observations(model, x, y, "train")
-            if held_out is not None:
-                check_observations(model, *held_out, "validation")
+    with isolated([]), local_seed(seeds[0], [target]), ExitStack() as open_now:
+        pairs = _make_all(make, seeds)
+        open_now.enter_context(isolated([each for pair in pairs for each in pair]))
+        data, held_out = _check_all(pairs, train, validation, epochs, fine_tune_epochs)
+        batch_size = min(batch_size, len(data[0]))
+        first = data[0][:batch_size], data[1][:batch_size]
+        model, guide = pairs[0]
+        x, y = to_input(first[0].to(guide.device), model.net), first[1].to(guide.device)
+        structures = removable_structures(model.net, x[:2], None, unremovable)  # of replicas alike
+        Pruner(model, guide, criterion, (x, y), structures).check_criterion()
+        for model, guide in pairs:
+            open_now.enter_context(counting_examples(model, len(data[0])))
+            model.to(target)
+            guide.to(target)
+        _check_settings(pairs)
+        first = to_input(first[0].to(target), pairs[0][0].net), first[1].to(target)
         held_out = None if held_out is None else (held_out[0].to(target), held_out[1].to(target))
         models, guides = zip(*pairs, strict=True)
-        trainer = ReplicaTrainer(models, guides, seeds, MeanFieldELBO(granularity), (x, y), batch_size, rates)
-        first = (to_input(x[:batch_size].to(target), models[0].net), y[:batch_size].to(target))
-        structures = removable_structures(models[0].net, first[0][:2], None, unremovable)  # of replicas alike
-        with ExitStack() as open_callbacks:
-            fits = []
-            for seed, (model, guide) in zip(seeds, pairs, strict=True):
-                told = open_callbacks.enter_context(closing(Callbacks(callbacks(seed) if callbacks else [])))
-                pruner = Pruner(model, guide, criterion, first, structures)
-                fits.append(_Fit(pruner, History(model, guide, pruner, held_out), told))
-            bar = open_callbacks.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
-            _run(trainer, fits, pruning, bar)
-            trainer.stack.release()
-            replicas = []
-            for seed, (model, guide), each in zip(seeds, pairs, fits, strict=True):
-                model.eval()
-                seconds = time.perf_counter() - started
-                result = FitResult(each.pruner.masks, each.pruner.scores, each.history.entries, seconds)
-                each.told.on_end(result)
-                replicas.append(Replica(seed, model, guide, result))
+        trainer = ReplicaTrainer(models, guides, seeds, elbo, data, batch_size, rates)
+        open_now.callback(trainer.stack.release)
+        fits = []
+        for seed, (model, guide) in zip(seeds, pairs, strict=True):
+            heard = open_now.enter_context(closing(Callbacks(callbacks(seed) if callbacks else [])))
+            pruner = Pruner(model, guide, criterion, first, structures)
+            history = History(model, guide, pruner, held_out)
+            advice = Advice(history, pruner, rates, trainer.steps_per_epoch, data)
+            fits.append(_Fit(pruner, history, heard, advice))
+            model.fitted = True
+        bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
+        _run(trainer, fits, pruning, bar)
+        trainer.stack.release()
+        replicas = []
+        for seed, (model, guide), each in zip(seeds, pairs, fits, strict=True):
+            model.eval()
+            seconds = time.perf_counter() - started
+            result = FitResult(each.pruner.masks, each.pruner.scores, each.history.entries, seconds)
+            each.heard.on_end(result)
+            replicas.append(Replica(seed, model, guide, result))
+        _advise(seeds, fits)
     return replicas
+
+
+def _checked_seeds(seeds: Any) -> list[int]:
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds must be a sequence of integers, but got {described(seeds)}")
+    checked = [check_integer("each of the seeds", seed, high=2**63 - 1) for seed in seeds]
+    if not checked or len(set(checked)) < len(checked):
+        raise ValueError(f"seeds must be one or more different integers, but got {checked}")
+    return checked
 
 
 def _check_pruning(pruning: Any) -> None:
@@ -167,19 +201,56 @@ def _check_pruning(pruning: Any) -> None:
         )
 
 
-def _make_all(
-    make: Make, seeds: Sequence[int], device: torch.device, num_data: int
-) -> list[tuple[NoisyNetwork, FlatGuide]]:
-    pairs = []
+def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, FlatGuide]]:
+    """Return a model and a guide for each seed, no two of which share anything that is trained."""
+    pairs: list[tuple[NoisyNetwork, FlatGuide]] = []
+    known: dict[int, int] = {}
     for seed in seeds:
         torch.manual_seed(seed)
-        model, guide = make()
-        model.num_data = num_data if model.num_data is None else model.num_data
-        pairs.append((model.to(device), guide.to(device)))
-    settings = {(model.num_data, model.kl_weight) for model, _ in pairs}
-    if len(settings) > 1:
-        raise ValueError(f"replicas must have one num_data and one kl_weight, but got the pairs {sorted(settings)}")
+        made: Any = make()
+        if not (isinstance(made, tuple | list) and len(made) == 2):
+            raise TypeError(f"make must return a model and its guide, but returned {described(made)}")
+        model, guide = made
+        check_model_and_guide(model, guide)
+        for parameter in (*model.parameters(), *guide.parameters()):
+            if known.setdefault(id(parameter), seed) != seed:
+                raise ValueError(
+                    f"make must return a new model and guide at each call, but those for seed {seed} share parameters "
+                    f"with those for seed {known[id(parameter)]}: make the network inside it"
+                )
+        pairs.append((model, guide))
     return pairs
+
+
+def _check_all(
+    pairs: Sequence[tuple[NoisyNetwork, FlatGuide]], train: Any, validation: Any, epochs: int, fine_tune_epochs: int
+) -> tuple[Pair, Pair | None]:
+    """Return the data, once every model has been seen to take them."""
+    for model, guide in pairs:
+        check_trained(model, guide, fine_tune_epochs)
+        check_dtypes(model, guide, "32-true")
+        data, held_out = check_data_sets(model, train, validation)
+    return data, held_out
+
+
+def _check_settings(pairs: Sequence[tuple[NoisyNetwork, FlatGuide]]) -> None:
+    settings = [(model.num_data, model.kl_weight, model.kl_weights) for model, _ in pairs]
+    if any(each != settings[0] for each in settings):
+        shown = [each[:2] for each in settings] if settings[0][2] == settings[1][2] else settings
+        raise ValueError(f"replicas must have one num_data and one kl_weight, but got the pairs {shown}")
+
+
+def _advise(seeds: Sequence[int], fits: Sequence["_Fit"]) -> None:
+    """Warn once of the replicas that have little to show."""
+    texts = {seed: text for seed, each in zip(seeds, fits, strict=True) if (text := each.advice.text())}
+    if texts:
+        seed, text = next(iter(texts.items()))
+        warnings.warn(
+            f"the fit has ended, but of {len(texts)} of {len(fits)} replicas ({', '.join(map(str, texts))}) there is "
+            f"little to show, for instance of seed {seed}: {text}",
+            FitWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -188,14 +259,15 @@ class _Fit:
 
     pruner: Pruner
     history: History
-    told: Callback
+    heard: Callback
+    advice: Advice
 
 
 def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar: Callback) -> None:
     """Run all epochs."""
     noisy_epochs, epochs = trainer.rates.noisy_epochs, trainer.rates.epochs
-    for told in (*(each.told for each in fits), bar):
-        told.on_start(epochs, [])
+    for heard in (*(each.heard for each in fits), bar):
+        heard.on_start(epochs, [])
     for epoch in range(1, epochs + 1):
         noisy = epoch <= noisy_epochs
         try:
@@ -205,11 +277,11 @@ def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar
         records = []
         for each, loss in zip(fits, losses, strict=True):
             if noisy and pruning.is_due(epoch, trainer.rates.kl_warmup_epochs):
-                each.told.on_pruning(epoch, each.pruner.remove_supported())
+                each.heard.on_pruning(epoch, each.pruner.remove_supported())
             records.append(each.history.record("noisy" if noisy else "fine-tune", loss))
             if epoch == noisy_epochs:
                 each.pruner.restore_removed()
-            each.told.on_epoch_end(records[-1])
+            each.heard.on_epoch_end(records[-1])
         bar.on_epoch_end(_means(records))
 
 

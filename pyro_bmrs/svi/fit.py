@@ -2,29 +2,26 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
-import pyro
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
-from pyro_bmrs.checks import check_flag, check_integer, described
+from pyro_bmrs.checks import check_flag, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.structures.refusal import Unremovable, check_structures, removable_structures
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
-from pyro_bmrs.svi.data import Data, check_data, check_observations, check_sites
+from pyro_bmrs.svi.data import Data
 from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric, place
-from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO, check_lean
+from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.fingerprint import fingerprint, network_fingerprint
 from pyro_bmrs.svi.isolation import isolated, local_seed
 from pyro_bmrs.svi.pruner import Pruner
@@ -32,6 +29,15 @@ from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.run import Run, make_plan
 from pyro_bmrs.svi.run_folder import RunFolder
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, Rates
+from pyro_bmrs.svi.settings import (
+    Pair,
+    check_choices,
+    check_data_sets,
+    check_model_and_guide,
+    check_numbers,
+    check_trained,
+    counting_examples,
+)
 from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["fit"]
@@ -43,8 +49,6 @@ _FITTED = (
     "the model has been fitted before: this fit goes on from there, without the structures removed then; make model "
     "and guide anew for a fresh start"
 )
-
-Pair = tuple[Tensor, Tensor]
 
 
 def fit(
@@ -189,7 +193,7 @@ def fit(
             trainer = Trainer(fabric, model, guide, elbo, placed, batch_size, rates, order, compile)
             validated = None if held_out is None else (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
             run = Run(trainer, pruner, validated, settings, run_folder)
-            advice = Advice(run)
+            advice = Advice(run.history, pruner, rates, trainer.steps_per_epoch, placed)
             if run_folder is not None and run_folder.checkpoint.exists():
                 run.resume(plan)
             elif model.fitted:
@@ -203,50 +207,6 @@ def fit(
             heard.on_end(result)
             advice.give()
     return result
-
-
-def check_model_and_guide(model: NoisyNetwork, guide: FlatGuide) -> None:
-    """Raise unless model and guide belong together and are programs that a fit can run."""
-    check_pair(model, guide)
-    check_lean(model, guide)
-    guide.check_priors()
-
-
-def check_choices(criterion: Any, pruning: Any, callbacks: Any) -> None:
-    """Raise ``TypeError`` unless these are what their names say."""
-    if not (criterion is None or isinstance(criterion, Criterion)):
-        raise TypeError(
-            f"criterion must be a Criterion, for instance BMRS_N(), or None, but got {described(criterion)}"
-        )
-    if not isinstance(pruning, Continuous | PostTraining):
-        raise TypeError(f"pruning must be Continuous() or PostTraining(), but got {described(pruning)}")
-    if not (isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)):
-        wrong = (
-            next((each for each in callbacks if not isinstance(each, Callback)), None)
-            if isinstance(callbacks, Sequence)
-            else callbacks
-        )
-        raise TypeError(f"callbacks must be a sequence of Callback, but got {described(wrong)}")
-
-
-def check_trained(model: NoisyNetwork, guide: FlatGuide, fine_tune_epochs: int) -> None:
-    """Raise ``ValueError`` where epochs would have nothing to train."""
-    weights = any(parameter.requires_grad for parameter in model.parameters())
-    if not weights and fine_tune_epochs:
-        raise ValueError(
-            f"all weights of the model are frozen, so {fine_tune_epochs} epochs without noise have nothing to train: "
-            "use fine_tune_epochs=0 and pruning=Continuous()"
-        )
-    if not all(parameter.requires_grad for parameter in guide.parameters()):
-        raise ValueError("parameters of the guide are frozen (requires_grad=False): a fit trains them all")
-
-
-def check_numbers(seed: Any, **positive: Any) -> None:
-    """Raise unless ``seed`` is None or a seed of torch's generators, and the other arguments are positive integers."""
-    if seed is not None:
-        check_integer("seed", seed, low=0, high=2**63 - 1)
-    for name, value in positive.items():
-        check_integer(name, value, low=1)
 
 
 def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any) -> None:
@@ -275,39 +235,6 @@ def fingerprints(
         "guide": f"{type(guide).__module__}.{type(guide).__qualname__}",
         "priors": {name: fingerprint(each) for name, each in priors.items() if ".prior_" in name},
     }
-
-
-def check_data_sets(model: NoisyNetwork, train: Any, validation: Any) -> tuple[Pair, Pair | None]:
-    """Return training and validation data as tensors that model and likelihood take."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    data = check_data(train, "train", dtype)
-    held_out = None if validation is None else check_data(validation, "validation", dtype)
-    with pyro.validation_enabled(False):  # numbers that are not finite are for the fit to name
-        check_observations(model, *data, "train")
-        check_sites(model, data[0])
-        if held_out is not None:
-            check_observations(model, *held_out, "validation")
-    return data, held_out
-
-
-@contextmanager
-def counting_examples(model: NoisyNetwork, size: int) -> Iterator[None]:
-    """Have ``model`` count ``size`` examples while it is fitted, if it has no number of its own."""
-    if model.num_data is not None:
-        if model.num_data != size:
-            warnings.warn(
-                f"num_data of the model is {model.num_data}, but train has {size} examples: the likelihood counts as "
-                f"{model.num_data} examples; leave num_data out to have it count as {size}",
-                FitWarning,
-                stacklevel=4,
-            )
-        yield
-        return
-    model.num_data = size
-    try:
-        yield
-    finally:
-        model.num_data = None
 
 
 def _clamped(batch_size: int, examples: int, fabric: Fabric) -> int:

@@ -64,7 +64,24 @@ class BetaGuide(FlatGuide):
             torch.exp(parameter[index].clamp(*LOG_CONCENTRATION_RANGE))
             for parameter in (self.log_concentration1, self.log_concentration0)
         )
-        return Beta(one, zero, validate_args=False)
+        return _Beta(one, zero, validate_args=False)
+
+
+class _Beta(Beta):  # type: ignore[misc]
+    r"""A Beta whose draws can be mapped over replicas, which torch's own cannot.
+
+    :math:`\theta = G_1 / (G_1 + G_0)` with Gamma draws, of whose logarithms small concentrations leave enough:
+    :math:`\log G_a = \log G_{a+1} + \log(U) / a`.
+    """
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        logs = []
+        for concentration in (self.concentration1, self.concentration0):
+            a = concentration.expand(shape)
+            uniform = torch.rand_like(a).clamp_min(torch.finfo(a.dtype).tiny)
+            logs.append(torch.log(torch._standard_gamma(a + 1)) + torch.log(uniform) / a)
+        return torch.sigmoid(logs[0] - logs[1])
 
 
 @spike.register(Beta)
