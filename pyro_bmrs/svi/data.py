@@ -39,9 +39,7 @@ def check_data(data: Data, name: str, dtype: torch.dtype = torch.float32) -> tup
         raise TypeError(
             f"{name} must be a pair of tensors (inputs, observations) or a TensorDataset of two, but got {found}"
         )
-    x, y = (
-        _as_tensor(each, f"{name} {part}", dtype) for each, part in zip(pair, ("inputs", "observations"), strict=True)
-    )
+    x, y = _as_tensor(pair[0], f"inputs of {name}", dtype), _as_tensor(pair[1], f"observations of {name}", dtype)
     if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
         raise ValueError(
             f"{name} needs one observation per input, but they have shapes {tuple(x.shape)} and {tuple(y.shape)}"
@@ -63,14 +61,14 @@ def _as_tensor(values: Array, name: str, dtype: torch.dtype) -> Tensor:
     if isinstance(values, Tensor):
         if values.layout != torch.strided or values.device.type == "meta":
             raise TypeError(
-                f"{name} must be an ordinary tensor with values, but its layout is {values.layout}, on "
+                f"{name} must be ordinary tensors with values, but their layout is {values.layout}, on "
                 f"device {values.device}: use .to_dense()"
             )
         return values.detach()
     try:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
     except TypeError:
-        raise TypeError(f"{name} must hold numbers, but is an array of dtype {values.dtype}") from None
+        raise TypeError(f"{name} must hold numbers, but are an array of dtype {values.dtype}") from None
     return tensor.to(dtype) if tensor.dtype == torch.float64 else tensor
 
 

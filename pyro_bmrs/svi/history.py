@@ -51,7 +51,7 @@ class History:
             "kl_weight": self.model.kl_weight,
             "structures": sum(int(mask.sum()) for mask in masks.values()),
             "parameters": parameters,
-            "compression": 1 - parameters / self._parameters_dense,
+            "compression": 1 - parameters / self._parameters_dense if self._parameters_dense else 0.0,
             **extra,
             **metrics,
             "seconds": now - self._last,

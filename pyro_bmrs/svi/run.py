@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmrs.checks import check_integer
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.equality import difference
@@ -42,7 +43,13 @@ _NOISY = Planned("noisy")
 
 
 def make_plan(epochs: int, pruning: Continuous | PostTraining, fine_tune_epochs: int) -> list[Planned]:
-    """Return the epochs of a fit, in order."""
+    """Return the epochs of a fit, in order.
+
+    Raises:
+        TypeError, ValueError: If a number of epochs is none.
+    """
+    check_integer("epochs", epochs)
+    check_integer("fine_tune_epochs", fine_tune_epochs)
     plan = [_NOISY] * epochs
     if isinstance(pruning, PostTraining):
         for before, level in zip((None, *pruning.levels), pruning.levels, strict=False):

@@ -67,7 +67,7 @@ class BetaGuide(FlatGuide):
         return _Beta(one, zero, validate_args=False)
 
 
-class _Beta(Beta):  # type: ignore[misc]
+class _Beta(Beta):
     r"""A Beta whose draws can be mapped over replicas, which torch's own cannot.
 
     :math:`\theta = G_1 / (G_1 + G_0)` with Gamma draws, of whose logarithms small concentrations leave enough:
