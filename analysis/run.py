@@ -1,5 +1,6 @@
 """One run: what it measured, the folder that keeps it, and the table a person reads."""
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -105,9 +106,12 @@ def draw_figures(
 ) -> list[Path]:
     """Draw the five figures of a run into ``folder/figures`` and return their paths."""
     mpl.use("Agg")
-    delta_f, masks = bmrs.evidence_changes(guide), model.masks
-    snr = {site: posterior.snr for site, posterior in guide.posterior().items()}
-    site, index = _closest_to_the_line(delta_f, prior_log_odds)
+    delta_f = bmrs.evidence_changes(guide)
+    masks = {site: layer.original_keep for site, layer in model.noise.items()}
+    posteriors = guide.posterior().items()
+    snr = {site: model.noise[site].in_original(posterior.snr.detach(), math.nan) for site, posterior in posteriors}
+    site, original = _closest_to_the_line(delta_f, prior_log_odds)
+    index = model.noise[site].index.tolist().index(original)
     posterior, prior = guide.posterior()[site], guide.prior()[site]
     q = bmrs.TruncatedLogNormal(*(getattr(posterior, name)[index].detach() for name in posterior.arg_constraints))
     p = bmrs.LogUniform(prior.log_low[index], prior.log_high[index])
@@ -129,7 +133,7 @@ def draw_figures(
 
 def _closest_to_the_line(delta_f: dict[str, torch.Tensor], prior_log_odds: float) -> tuple[str, int]:
     """Return the structure that the evidence finds hardest to judge, the most telling one to look at."""
-    distances = {site: (values + prior_log_odds).abs().min(0) for site, values in delta_f.items()}
+    distances = {site: (values + prior_log_odds).abs().nan_to_num(math.inf).min(0) for site, values in delta_f.items()}
     site = min(distances, key=lambda name: float(distances[name].values))
     return site, int(distances[site].indices)
 

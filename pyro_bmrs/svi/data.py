@@ -111,15 +111,14 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
 
 
 @torch.no_grad()
-def check_sites(model: NoisyNetwork, x: Tensor) -> None:
-    """Raise ``ValueError`` if a forward pass over ``x`` leaves a noise layer out."""
-    device = next(iter(model.noise.values())).keep.device
-    used = model.element_shapes(to_input(x[:1].to(device), model.net))
+def check_sites(model: NoisyNetwork, x: Any) -> None:
+    """Raise ``ValueError`` if a forward pass over inputs ``x`` leaves a noise layer out."""
+    used = model.element_shapes(x)
     unused = [site for site in model.sizes if site not in used]
     if unused:
         raise ValueError(
-            f"the forward pass never uses the noise of {', '.join(map(repr, unused))}: take these noise layers out of "
-            "the network, or call them where they belong"
+            f"the structures of {unused[0]!r} cannot be removed: their noise has no effect, since no layer that reads "
+            "them is called as a module in a forward pass; leave them out, with structures.select, or call such a layer"
         )
 
 

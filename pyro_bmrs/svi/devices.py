@@ -59,13 +59,15 @@ def check_dtypes(model: nn.Module, guide: nn.Module, precision: str) -> None:
     """Raise ``ValueError`` unless weights and posterior are of dtypes that can be fitted with ``precision``."""
     for name, module in (("model", model), ("guide", guide)):
         for parameter_name, parameter in module.named_parameters():
-            kept = torch.finfo(parameter.dtype).bits if parameter.is_floating_point() or parameter.is_complex() else 0
-            if parameter.requires_grad and kept < 32:
+            if not (parameter.requires_grad and parameter.is_floating_point()):
+                continue
+            bits = torch.finfo(parameter.dtype).bits
+            if module is guide and bits < 32:
                 raise ValueError(
-                    f"parameter {parameter_name!r} of the {name} is of {parameter.dtype}, which loses the digits that "
-                    f'decide: use {name}.float(), and precision="bf16-mixed" for speed'
+                    f"parameter {parameter_name!r} of the guide is of {parameter.dtype}, which loses the digits that "
+                    "decide: use guide.float()"
                 )
-            if precision == "64-true" and 0 < kept < 64:
+            if precision == "64-true" and bits < 64:
                 raise ValueError(
                     f'precision is "64-true", but parameter {parameter_name!r} of the {name} is of {parameter.dtype}: '
                     "use model.double() and guide.double(), and data of float64"

@@ -15,7 +15,7 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.callbacks import Callback
-from pyro_bmrs.svi.data import check_data, check_observations, check_sites
+from pyro_bmrs.svi.data import check_data, check_observations
 from pyro_bmrs.svi.elbo import check_lean
 from pyro_bmrs.svi.result import FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining
@@ -84,7 +84,6 @@ def check_data_sets(model: NoisyNetwork, train: Any, validation: Any) -> tuple[P
     held_out = None if validation is None else check_data(validation, "validation", dtype)
     with pyro.validation_enabled(False):  # numbers that are not finite are for the fit to name
         check_observations(model, *data, "train")
-        check_sites(model, data[0])
         if held_out is not None:
             check_observations(model, *held_out, "validation")
     return data, held_out

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.bmr.reduced_priors import spike
 from pyro_bmrs.checks import check_number
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide, at_least_float32
 from pyro_bmrs.model.network import NoisyNetwork
 
 __all__ = ["BetaGuide"]
@@ -55,7 +55,7 @@ class BetaGuide(FlatGuide):
         if not 0 < check_number("init_mean", init_mean) < 1:
             raise ValueError(f"init_mean must lie inside (0, 1), but got {init_mean}")
         check_number("init_concentration", init_concentration)
-        like = torch.cat([prior.concentration1 for prior in self.prior().values()])
+        like = at_least_float32(torch.cat([prior.concentration1 for prior in self.prior().values()]))
         self.log_concentration1 = nn.Parameter(torch.full_like(like, math.log(init_mean * init_concentration)))
         self.log_concentration0 = nn.Parameter(torch.full_like(like, math.log((1 - init_mean) * init_concentration)))
 

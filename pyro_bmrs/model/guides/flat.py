@@ -15,7 +15,12 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
 
-__all__ = ["FlatGuide"]
+__all__ = ["FlatGuide", "at_least_float32"]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 if it is of less: a posterior needs the digits."""
+    return tensor if torch.finfo(tensor.dtype).bits >= 32 else tensor.float()
 
 
 class _Checked(type(PyroModule)):  # type: ignore[misc]

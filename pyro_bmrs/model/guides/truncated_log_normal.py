@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.checks import check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide, at_least_float32
 from pyro_bmrs.model.network import NoisyNetwork
 
 __all__ = ["LOC_RANGE", "LOG_SCALE_RANGE", "TruncatedLogNormalGuide"]
@@ -50,8 +50,8 @@ class TruncatedLogNormalGuide(FlatGuide):
         _check_inside("init_loc", init_loc, LOC_RANGE)
         _check_inside("init_log_scale", init_log_scale, LOG_SCALE_RANGE)
         priors = list(self.prior().values())
-        self.register_buffer("log_low", torch.cat([prior.log_low for prior in priors]))
-        self.register_buffer("log_high", torch.cat([prior.log_high for prior in priors]))
+        self.register_buffer("log_low", at_least_float32(torch.cat([prior.log_low for prior in priors])))
+        self.register_buffer("log_high", at_least_float32(torch.cat([prior.log_high for prior in priors])))
         self.loc = nn.Parameter(torch.full_like(self.log_low, init_loc))
         self.log_scale = nn.Parameter(torch.full_like(self.log_low, init_log_scale))
 

@@ -502,7 +502,7 @@ def random_posterior(guide, seed=2):
 
 
 def model_of(net, likelihood=None):
-    model = bmrs.NoisyNetwork(net, likelihood=likelihood, num_data=100)
+    model = bmrs.NoisyNetwork(net, likelihood=likelihood)
     like = next(net.parameters())
     guide = bmrs.TruncatedLogNormalGuide(model).to(like.dtype)
     random_posterior(guide)

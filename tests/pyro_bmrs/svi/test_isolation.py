@@ -262,5 +262,5 @@ class Unused(nn.Module):
 
 def test_noise_that_is_never_used_is_refused():
     model = bmrs.NoisyNetwork(Unused())
-    with pytest.raises(ValueError, match=r"the forward pass never uses the noise of 'spare.theta'"):
+    with pytest.raises(ValueError, match=r"noise layer of 'spare.theta' does not run in a forward pass"):
         bmrs.fit(model, bmrs.TruncatedLogNormalGuide(model), blobs(), **QUICK)

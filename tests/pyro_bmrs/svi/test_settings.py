@@ -222,14 +222,18 @@ def test_outputs_that_are_no_tensor_need_a_likelihood():
         fit(blobs(), make=lambda: make(likelihood=lambda out: out[0]))
 
 
-def test_halves_are_refused():
-    def make():
-        model, guide = small_classifier()
-        return model.half(), guide.half()
-
+def test_a_posterior_in_half_precision_is_refused_and_a_network_is_not():
     x, y = blobs()
-    with pytest.raises(ValueError, match=r"is of torch.float16, which loses the digits.*bf16-mixed"):
-        fit((x.half(), y), make=make)
+
+    def make(half_guide=True):
+        model, _ = small_classifier()
+        guide = bmrs.TruncatedLogNormalGuide(model.bfloat16())
+        assert guide.loc.dtype == torch.float32
+        return model, guide.bfloat16() if half_guide else guide
+
+    with pytest.raises(ValueError, match=r"parameter 'loc' of the guide is of torch.bfloat16.*use guide.float\(\)"):
+        fit((x.bfloat16(), y), make=make)
+    fit((x.bfloat16(), y), make=lambda: make(half_guide=False))
 
 
 def test_float64_is_fitted_as_it_is():
