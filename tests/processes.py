@@ -74,6 +74,41 @@ def fit_in_turns(folder, **changes):
     save_file({**state(model, guide), **scores}, Path(folder) / "end.safetensors")
 
 
+def resumed(folder, fabric=None, **changes):
+    """Fit, from the checkpoint in ``folder`` on if there is one; note when it begins, how long it takes and its end."""
+    folder = Path(folder)
+    model, guide = build(dtype=torch.float32)
+    settings = {**SETTINGS, "epochs": 24, "fine_tune_epochs": 6, "criterion": EveryThird(), **changes}
+    (folder / "begun").touch()
+    started = time.perf_counter()
+    result = bmrs.fit(
+        model, guide, data(torch.float32), callbacks=[Slow()], folder=folder, resume=True, fabric=fabric, **settings
+    )
+    if fabric is None or fabric.is_global_zero:
+        scores = {f"score.{site}": score for site, score in result.scores.items()}
+        save_file({**state(model, guide), **scores}, folder / "end.safetensors")
+        (folder / "seconds").write_text(str(time.perf_counter() - started))
+
+
+def resumed_plain(folder):
+    resumed(folder)
+
+
+def resumed_shrink(folder):
+    resumed(folder, pruning=bmrs.Continuous(start=3, every=4, shrink=True))
+
+
+def resumed_post_training(folder):
+    levels = bmrs.PostTraining(levels=(0.1, 0.2, 0.3), epochs_per_level=2)
+    resumed(folder, epochs=18, pruning=levels)
+
+
+def resumed_two_processes(folder):
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    resumed(folder, fabric)
+
+
 def two_ranks(folder, guide=MedianGuide):
     """Fit in as many processes as were launched."""
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision="64-true")

@@ -13,7 +13,7 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import to_input
 
-__all__ = ["Data", "check_data", "check_observations", "check_sites"]
+__all__ = ["Data", "check_data", "check_observations"]
 
 Array = Tensor | np.ndarray[Any, Any]
 Data = tuple[Array, Array] | TensorDataset
@@ -107,18 +107,6 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
         raise ValueError(
             f"the likelihood scores {name}'s {len(y)} observations with a tensor of shape {tuple(log_prob.shape)}, not "
             f"({len(y)},): reshape the observations"
-        )
-
-
-@torch.no_grad()
-def check_sites(model: NoisyNetwork, x: Any) -> None:
-    """Raise ``ValueError`` if a forward pass over inputs ``x`` leaves a noise layer out."""
-    used = model.element_shapes(x)
-    unused = [site for site in model.sizes if site not in used]
-    if unused:
-        raise ValueError(
-            f"the structures of {unused[0]!r} cannot be removed: their noise has no effect, since no layer that reads "
-            "them is called as a module in a forward pass; leave them out, with structures.select, or call such a layer"
         )
 
 

@@ -18,7 +18,7 @@ from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, ProgressBar
-from pyro_bmrs.svi.data import Data, check_sites
+from pyro_bmrs.svi.data import Data
 from pyro_bmrs.svi.devices import check_dtypes, resolve_device
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING
@@ -146,7 +146,6 @@ def fit_ensemble(
         model, guide = pairs[0]
         x, y = to_input(first[0].to(guide.device), model.net), first[1].to(guide.device)
         structures = removable_structures(model.net, x[:2], None, unremovable)  # of replicas alike
-        check_sites(model, x)
         Pruner(model, guide, criterion, (x, y), structures).check_criterion()
         for model, guide in pairs:
             open_now.enter_context(counting_examples(model, len(data[0])))

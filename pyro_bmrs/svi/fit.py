@@ -19,7 +19,7 @@ from pyro_bmrs.structures.refusal import Unremovable, check_structures, removabl
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
-from pyro_bmrs.svi.data import Data, check_sites
+from pyro_bmrs.svi.data import Data
 from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric, place
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.fingerprint import fingerprint, network_fingerprint
@@ -178,7 +178,6 @@ def fit(
         first = data[0][:batch_size], data[1][:batch_size]
         x, y = _on(first, model, guide.device)
         known = removable_structures(model.net, x[:2], structures, unremovable)
-        check_sites(model, x)
         Pruner(model, guide, criterion, (x, y), known).check_criterion()
         shared = fabric.broadcast(int(torch.randint(2**31, ())) if seed is None else seed)
         with (
