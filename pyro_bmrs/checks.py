@@ -3,9 +3,21 @@
 import math
 import numbers
 import operator
+from collections.abc import Callable
+from functools import singledispatch, wraps
 from typing import Any
 
-__all__ = ["check_flag", "check_integer", "check_number", "described"]
+from torch import Tensor, nn
+
+__all__ = [
+    "by_type_of_first",
+    "check_flag",
+    "check_integer",
+    "check_module",
+    "check_number",
+    "check_parameters",
+    "described",
+]
 
 
 def check_integer(name: str, value: Any, low: int = 0, high: int | None = None, what: str = "") -> int:
@@ -54,6 +66,36 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, but got {described(value)}")
     return value
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is an instance of ``nn.Module``."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, but got {described(value)}")
+
+
+def check_parameters(**values: Any) -> None:
+    """Raise ``TypeError`` unless the parameters of a distribution are real numbers or tensors."""
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_tensor = isinstance(value, Tensor) and value.is_floating_point()
+        if not (is_number or is_tensor or (isinstance(value, Tensor) and not value.is_complex() and value.dim() == 0)):
+            raise TypeError(f"{name} must be a number or a floating-point tensor, but got {described(value)}")
+
+
+def by_type_of_first(function: Callable[..., Any]) -> Any:
+    """Make a function dispatch on the type of its first argument, which may also be given by name."""
+    dispatched = singledispatch(function)
+    first = function.__code__.co_varnames[0]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not args and first in kwargs:
+            args = (kwargs.pop(first),)
+        return dispatched(*args, **kwargs)
+
+    call.register = dispatched.register  # type: ignore[attr-defined]
+    return call
 
 
 def described(value: Any) -> str:

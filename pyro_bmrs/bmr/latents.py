@@ -103,7 +103,13 @@ def read_latents(guide: Program, model: Program, names: Iterable[str], *args: An
         _check_known(names, posteriors)
         return _latents(names, posteriors, priors)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        (guide_trace, model_trace), others = (_trace(guide, model, args, kwargs) for _ in range(2))
+        try:
+            (guide_trace, model_trace), others = (_trace(guide, model, args, kwargs) for _ in range(2))
+        except TypeError as error:
+            raise TypeError(
+                f"guide and model do not run on the {len(args) + len(kwargs)} arguments given for them ({error}); pass "
+                "what they take"
+            ) from error
     _check_sites(names, guide_trace, model_trace)
     _check_fixed(names, (guide_trace, model_trace), others)
     priors = {name: model_trace.nodes[name]["fn"] for name in names}

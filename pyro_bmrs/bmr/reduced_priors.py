@@ -1,19 +1,18 @@
 """Priors that would remove a structure: the paper's two."""
 
 import math
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch.distributions import Distribution
 
-from pyro_bmrs.checks import check_number
+from pyro_bmrs.checks import by_type_of_first, check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 
 __all__ = ["precision_window", "spike"]
 
 
-@singledispatch
+@by_type_of_first
 def spike(prior: Any, scale: float = 1e-6) -> Distribution:
     r"""Return BMRS_N's reduced prior: all mass within about ``scale`` of the prior's lower bound.
 
@@ -45,7 +44,7 @@ def _spike_at_lower_bound(prior: LogUniform | TruncatedLogNormal, scale: float =
     )
 
 
-@singledispatch
+@by_type_of_first
 def precision_window(prior: Any, p1: float = 8, p2: float | None = 23) -> Distribution:
     r"""Return BMRS_U's reduced prior: log-uniform on :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10 of the paper).
 

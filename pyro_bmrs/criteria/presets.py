@@ -12,6 +12,7 @@ import math
 
 from torch import nn
 
+from pyro_bmrs.checks import check_integer, check_module
 from pyro_bmrs.criteria import BMRS_N
 from pyro_bmrs.model.noise import noise_layers
 
@@ -33,5 +34,7 @@ def reference_kl_weights(net: nn.Module, num_data: int) -> dict[str, float]:
         net: Network with noise layers.
         num_data: Number of training examples N.
     """
+    check_module("net", net)
+    check_integer("num_data", num_data, low=1, what="the number of training examples")
     layers = noise_layers(net)
     return {site: num_data / (len(layers) * layer.size) for site, layer in layers.items()}

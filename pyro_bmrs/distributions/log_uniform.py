@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
+from pyro_bmrs.checks import check_parameters
 from pyro_bmrs.distributions.log_support import check_log_bounds, log_interval
 
 __all__ = ["LogUniform"]
@@ -46,6 +47,7 @@ class LogUniform(TorchDistribution):
         log_high: Tensor | float = 0.0,
         validate_args: bool | None = None,
     ) -> None:
+        check_parameters(log_low=log_low, log_high=log_high)
         self.log_low, self.log_high = broadcast_all(log_low, log_high)
         super().__init__(self.log_low.shape, validate_args=validate_args)
         if self._validate_args:

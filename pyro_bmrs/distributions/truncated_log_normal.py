@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
 from pyro_bmrs import numerics
+from pyro_bmrs.checks import check_parameters
 from pyro_bmrs.distributions.log_support import check_log_bounds, log_interval
 
 __all__ = ["TruncatedLogNormal"]
@@ -64,6 +65,7 @@ class TruncatedLogNormal(TorchDistribution):
         log_high: Tensor | float = 0.0,
         validate_args: bool | None = None,
     ) -> None:
+        check_parameters(loc=loc, scale=scale, log_low=log_low, log_high=log_high)
         self.loc, self.scale, self.log_low, self.log_high = broadcast_all(loc, scale, log_low, log_high)
         super().__init__(self.loc.shape, validate_args=validate_args)
         if self._validate_args:

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pyro_bmrs.checks import check_flag, described
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -96,9 +98,14 @@ def prepare_run_folder(path: PathLike, overwrite: bool = False, resume: bool = F
         resume: Whether to leave it there, to go on from.
 
     Raises:
+        TypeError: If ``path`` is no path, or another argument neither True nor False.
         FileExistsError: If it holds what an earlier run has left, and neither is asked for.
         OSError: If it cannot be made or written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the path of a folder, but got {described(path)}")
+    check_flag("overwrite", overwrite)
+    check_flag("resume", resume)
     path = Path(path)
     files = [path / name for name in ("results.json", "metrics.jsonl", "checkpoint/fit.safetensors")]
     if not (overwrite or resume) and any(file.is_file() and file.stat().st_size > 0 for file in files):

@@ -17,7 +17,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyro_bmrs.checks import described
+from pyro_bmrs.checks import check_module, described
 from pyro_bmrs.io.description import describe
 from pyro_bmrs.io.files import PathLike, folder_lock, write_together
 from pyro_bmrs.io.proof import check_same
@@ -44,8 +44,7 @@ def save(net: nn.Module, path: PathLike) -> None:
         ValueError: If it has something that could not be loaded again; names it, and says what to do.
         OSError: If the files cannot be written; those of before are left then.
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be an nn.Module, but got {described(net)}")
+    check_module("net", net)
     _check_savable(net)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(net).items()}
     description = (

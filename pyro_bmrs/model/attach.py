@@ -7,6 +7,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_bmrs.checks import check_module, described
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.points import Attachment
@@ -34,6 +35,7 @@ def attach_noise(
         prior: Prior on the noise, for all groups or for each by name; ``LogUniform(-20, 0)`` by default.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If there are no structures, they are of another network, or noise is attached already.
 
     Example:
@@ -146,6 +148,9 @@ def _key(name: str) -> str:
 
 
 def _check(net: nn.Module, structures: StructureSet) -> None:
+    check_module("net", net)
+    if not isinstance(structures, StructureSet):
+        raise TypeError(f"structures must be what find_structures returned, but got {described(structures)}")
     if len(structures) == 0:
         raise ValueError("there are no structures to attach noise to; print(structures) says why each was refused")
     for module in net.modules():

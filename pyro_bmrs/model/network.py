@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
-from pyro_bmrs.checks import check_integer, check_number, described
+from pyro_bmrs.checks import check_integer, check_module, check_number, described
 from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, noise_layers, supply_noise
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import no_fast_path
@@ -89,8 +89,7 @@ class NoisyNetwork(PyroModule, NoisyModel):
         kl_weight: float | Mapping[str, float] = 1.0,
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be an nn.Module, but got {described(net)}")
+        check_module("net", net)
         layers = noise_layers(net)
         if not layers:
             raise ValueError(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyro_bmrs.checks import check_integer
+from pyro_bmrs.checks import check_integer, described
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, to_input
+from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, refusing, to_input
 from pyro_bmrs.structures.masks import check_masks
 from pyro_bmrs.structures.pair import check_pair
 
@@ -50,10 +50,11 @@ def predict(
     masks = check_masks(masks, model.noise, model.sizes)
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     with evaluating(model), torch.no_grad():
-        outputs = [
-            model.run(tree_map(lambda each: to_input(each, model.net), batch), values, masked=False)
-            for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size)
-        ]
+        outputs = []
+        for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size):
+            inputs = tree_map(lambda each: to_input(each, model.net), batch)
+            with refusing(f"inputs x, {described(x)}"):
+                outputs.append(model.run(inputs, values, masked=False))
     return concatenated(outputs)
 
 

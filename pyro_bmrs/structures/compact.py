@@ -13,7 +13,7 @@ from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
-from pyro_bmrs.structures.structure_set import StructureSet
+from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.structures.trial import Bench
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def compact(
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
     """
     check_pair(model, guide)
+    check_structures(model.net, structures)
     masks = check_masks(masks, model.noise, model.sizes)
     structures = structures_of(model.net, example_input) if structures is None else structures
     record = structures.record

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bmrs.checks import check_integer, check_module, described
 from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.copying import undisturbed
-from pyro_bmrs.structures.inputs import Inputs, call, to_network
-from pyro_bmrs.structures.masks import check_masks
+from pyro_bmrs.structures.inputs import Inputs, call, call_example, to_network
+from pyro_bmrs.structures.masks import check_mapping, check_masks
 from pyro_bmrs.structures.points import noise_points
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
-from pyro_bmrs.structures.structure_set import StructureSet
+from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 
 __all__ = [
     "cost_kl_weights",
@@ -43,6 +44,7 @@ def count_parameters(
     Raises:
         ValueError: If a mask does not fit.
     """
+    check_module("net", net)
     if structures is None or masks is None:
         return sum(parameter.numel() for parameter in net.parameters())
     record, masks = _masked(net, structures, masks)
@@ -69,6 +71,7 @@ def count_flops(
     Raises:
         ValueError: If a mask does not fit.
     """
+    check_module("net", net)
     plain = plain_copy(net).requires_grad_(False).eval()
     with undisturbed(plain):
         if structures is not None and masks is not None:
@@ -76,7 +79,7 @@ def count_flops(
             values = {site: mask.to(torch.get_default_dtype()) for site, mask in masks.items()}
             plain = cut(fixed_copy(plain, record, values), record, masks, values)
         with FlopCounterMode(display=False) as counter:
-            call(plain, to_network(example_input, plain))
+            call_example(plain, to_network(example_input, plain))
     return counter.get_total_flops()
 
 
@@ -97,7 +100,7 @@ def cost_log_odds(
     Raises:
         ValueError: If ``cost`` is neither, or ``mean`` not a finite number.
     """
-    _check(mean, cost)
+    _check(net, mean, cost)
     costs = _costs(net, example_input, cost, None)
     average = torch.cat(list(costs.values())).mean()
     return {site: mean * each / average for site, each in costs.items()}
@@ -132,7 +135,7 @@ def cost_kl_weights(
         ValueError: If ``cost`` is neither, ``mean`` not a finite number, or ``masks`` are not of the network's sites or
             keep nothing of one.
     """
-    _check(mean, cost)
+    _check(net, mean, cost)
     costs = _costs(net, example_input, cost, masks)
     average = torch.cat(list(costs.values())).mean()
     return {site: mean * float(each.mean() / average) for site, each in costs.items()}
@@ -140,11 +143,14 @@ def cost_kl_weights(
 
 def _masked(net: nn.Module, structures: StructureSet, masks: Mapping[str, Tensor]) -> tuple[Record, dict[str, Tensor]]:
     """Return the record with the sites that masks name, and a mask for each of its sites."""
+    check_structures(net, structures)
+    check_mapping(masks)
     record = structures.with_noise(masks).record
     return record, check_masks(masks, noise_points(net), {site: each.size for site, each in record.sites.items()})
 
 
-def _check(mean: float, cost: str) -> None:
+def _check(net: nn.Module, mean: float, cost: str) -> None:
+    check_module("net", net)
     if cost not in ("parameters", "flops"):
         raise ValueError(f'cost must be "parameters" or "flops", but got {cost!r}')
     if not (isinstance(mean, int | float) and math.isfinite(mean)):
@@ -175,9 +181,21 @@ def _kept(net: nn.Module, record: Record, masks: Mapping[str, Tensor] | None) ->
 
 
 def measure_latency(nets: Sequence[nn.Module], example_input: Inputs, rounds: int = 50) -> list[float]:
-    """Return the median seconds of a forward pass of each network, timed in interleaved rounds."""
+    """Return the median seconds of a forward pass of each network, timed in interleaved rounds.
+
+    Raises:
+        TypeError: If ``nets`` are no modules, or ``rounds`` is no integer.
+        ValueError: If ``rounds`` is not positive, or a network does not run on the example.
+    """
+    check_integer("rounds", rounds, low=1)
+    if not isinstance(nets, Sequence):
+        raise TypeError(f"nets must be a sequence of networks, but got {described(nets)}")
+    for net in nets:
+        check_module("each of nets", net)
     times: list[list[float]] = [[] for _ in nets]
     with torch.no_grad():
+        for net in nets:
+            call_example(net, example_input)
         for _ in range(rounds + 3):
             for net, record in zip(nets, times, strict=True):
                 start = time.perf_counter()

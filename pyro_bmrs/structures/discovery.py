@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from pyro_bmrs.checks import check_module
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied, undisturbed
-from pyro_bmrs.structures.inputs import Inputs, batch_size, call, output_tensors, to_network
+from pyro_bmrs.structures.inputs import Inputs, batch_size, call, call_example, output_tensors, to_network
 from pyro_bmrs.structures.points import NoisePoint, noise_points, replace_everywhere
 from pyro_bmrs.structures.reading import Reading
 from pyro_bmrs.structures.removal import adopt_attention
@@ -94,7 +95,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
     with undisturbed(net), torch.inference_mode():
         _hook(tracer, net, outputs)
         with tracer:
-            result = _run(net, example_inputs)
+            result = call_example(net, example_inputs)
         batches = _batch_dims(tracer, net, example_inputs)
     returned = output_tensors(result)
     if not returned:
@@ -111,16 +112,6 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
     _freeze_what_cannot_shrink(tracer, net)
     _check_points(tracer, points, outputs)
     return Reading(tracer, net, points, outputs, batches).structures()
-
-
-def _run(net: nn.Module, inputs: Inputs) -> Any:
-    try:
-        return call(net, inputs)
-    except Exception as error:  # whatever a network raises
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"the network does not run on the example inputs ({reason}); give inputs that it takes"
-        ) from error
 
 
 def _batch_dims(tracer: Tracer, net: nn.Module, inputs: Inputs) -> dict[tuple[str, int | str], int]:
@@ -160,6 +151,7 @@ class _StandIn(nn.Module):
 
 
 def _check_modules(net: nn.Module) -> None:
+    check_module("net", net)
     for name, module in net.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'the network'!r} is a ScriptModule; give the module that it was made from")

@@ -1,6 +1,7 @@
 """Calling any network: inputs as a tensor, a tuple or a dictionary, and outputs of any nesting."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -13,9 +14,11 @@ __all__ = [
     "batch_size",
     "batches",
     "call",
+    "call_example",
     "concatenated",
     "output_tensors",
     "random_like",
+    "refusing",
     "to_input",
     "to_network",
 ]
@@ -30,6 +33,26 @@ def call(net: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, tuple | list):
         return net(*inputs)
     return net(inputs)
+
+
+def call_example(net: nn.Module, inputs: Inputs, name: str = "the example inputs") -> Any:
+    """Run a network on inputs of the caller's, which may not be for it.
+
+    Raises:
+        ValueError: If the network does not run on them; says why.
+    """
+    with refusing(name):
+        return call(net, inputs)
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn whatever a network raises inside into a ``ValueError`` that says it does not run on what is called so."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the network does not run on {name} ({reason}); give inputs that it takes") from error
 
 
 def batch_size(inputs: Inputs) -> int:

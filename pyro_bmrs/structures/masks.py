@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmrs.checks import described
 from pyro_bmrs.structures.points import NoisePoint
 
-__all__ = ["check_masks"]
+__all__ = ["check_mapping", "check_masks"]
 
 
 def check_masks(
@@ -26,14 +27,19 @@ def check_masks(
         TypeError: If ``masks`` are no mapping.
         ValueError: If one does not fit; names its site.
     """
-    if not (masks is None or isinstance(masks, Mapping)):
-        hint = "pass its .masks" if hasattr(masks, "masks") else "for instance the masks of a FitResult"
-        raise TypeError(f"masks must map sites to bool tensors, but got a {type(masks).__name__}; {hint}")
+    check_mapping(masks)
     masks = {} if masks is None else masks
     for site in masks:
         if site not in sizes:
             raise ValueError(f"there is no site {site!r} to mask; the model's sites are {list(sizes)}")
     return {site: _checked(site, masks.get(site), points.get(site), size) for site, size in sizes.items()}
+
+
+def check_mapping(masks: Any) -> None:
+    """Raise ``TypeError`` unless ``masks`` is None or a mapping."""
+    if not (masks is None or isinstance(masks, Mapping)):
+        hint = "pass its .masks" if hasattr(masks, "masks") else "for instance the masks of a FitResult"
+        raise TypeError(f"masks must map sites to bool tensors, but got {described(masks)}; {hint}")
 
 
 def _checked(site: str, mask: Any, point: NoisePoint | None, size: int) -> Tensor:

@@ -4,7 +4,6 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from pyro_bmrs.checks import described
 from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
@@ -12,7 +11,7 @@ from pyro_bmrs.structures.points import Attachment, noise_points, replace_everyw
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.structures.trial import Bench, proved
 
-__all__ = ["Unremovable", "check_structures", "removable_structures"]
+__all__ = ["Unremovable", "removable_structures"]
 
 Unremovable = Literal["refuse", "mask"]
 
@@ -46,28 +45,6 @@ def removable_structures(
                 f"the structures of {site!r} cannot be removed: {sites[site]}; {_remedy(net, example_input)}"
             )
     return structures
-
-
-def check_structures(net: nn.Module, structures: StructureSet | None) -> None:
-    """Raise unless ``structures`` are None or those of ``net``.
-
-    Raises:
-        TypeError: If they are no ``StructureSet``.
-        ValueError: If they were found in another network.
-    """
-    if structures is None:
-        return
-    if not isinstance(structures, StructureSet):
-        raise TypeError(f"structures must be what find_structures returned, but got {described(structures)}")
-    own = net.net if isinstance(net, Attachment) else net
-    shapes = {name: tuple(tensor.shape) for name, tensor in (*own.named_parameters(), *own.named_buffers())}
-    for (name, d), axis in structures.record.slots.items():
-        found = shapes.get(name)
-        if found is None or d >= len(found) or found[d] != len(axis):
-            raise ValueError(
-                f"structures were found in another network: there {name!r} had {len(axis)} positions along dimension "
-                f"{d}, here its shape is {found}"
-            )
 
 
 def _remedy(net: nn.Module, example_input: Inputs) -> str:

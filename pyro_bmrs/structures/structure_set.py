@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_bmrs.checks import described
+from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Reader, Record, Slot, positions, renumbered
 
 __all__ = ["Kind", "Structure", "StructureSet"]
@@ -157,3 +159,25 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
 
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def check_structures(net: nn.Module, structures: StructureSet | None) -> None:
+    """Raise unless ``structures`` are None or those of ``net``.
+
+    Raises:
+        TypeError: If they are no ``StructureSet``.
+        ValueError: If they were found in another network.
+    """
+    if structures is None:
+        return
+    if not isinstance(structures, StructureSet):
+        raise TypeError(f"structures must be what find_structures returned, but got {described(structures)}")
+    own = net.net if isinstance(net, Attachment) else net
+    shapes = {name: tuple(tensor.shape) for name, tensor in (*own.named_parameters(), *own.named_buffers())}
+    for (name, d), axis in structures.record.slots.items():
+        found = shapes.get(name)
+        if found is None or d >= len(found) or found[d] != len(axis):
+            raise ValueError(
+                f"structures were found in another network: there {name!r} had {len(axis)} positions along dimension "
+                f"{d}, here its shape is {found}"
+            )

@@ -15,8 +15,8 @@ from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.structures.refusal import Unremovable, check_structures, removable_structures
-from pyro_bmrs.structures.structure_set import StructureSet
+from pyro_bmrs.structures.refusal import Unremovable, removable_structures
+from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
 from pyro_bmrs.svi.data import Data
