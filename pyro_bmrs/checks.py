@@ -33,7 +33,7 @@ def check_integer(name: str, value: Any, low: int = 0, high: int | None = None, 
         number = None
     if number is not None and low <= number and (high is None or number <= high):
         return number
-    if number is not None and number < low == 0 and high is None:
+    if number is not None and number < low == 0:
         raise ValueError(f"{name} must not be negative, but got {number}")
     kind = {0: "an integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
     wanted = (kind if high is None else f"an integer from {low} to {high}") + (f", {what}" if what else "")

@@ -12,6 +12,7 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, refusing, to_input
+from pyro_bmrs.structures.inputs import batch_size as examples
 from pyro_bmrs.structures.masks import check_masks
 from pyro_bmrs.structures.pair import check_pair
 
@@ -47,6 +48,8 @@ def predict(
     """
     check_pair(model, guide)
     check_integer("batch_size", batch_size, low=1)
+    if not examples(x):
+        raise ValueError(f"x holds no examples: it is {described(x)}")
     masks = check_masks(masks, model.noise, model.sizes)
     values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     with evaluating(model), torch.no_grad():

@@ -21,7 +21,7 @@ from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_c
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.run_folder import RunFolder
-from pyro_bmrs.svi.schedule import Continuous, PostTraining
+from pyro_bmrs.svi.schedule import MOST_EPOCHS, Continuous, PostTraining
 from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["Planned", "Run", "make_plan"]
@@ -48,8 +48,8 @@ def make_plan(epochs: int, pruning: Continuous | PostTraining, fine_tune_epochs:
     Raises:
         TypeError, ValueError: If a number of epochs is none.
     """
-    check_integer("epochs", epochs)
-    check_integer("fine_tune_epochs", fine_tune_epochs)
+    check_integer("epochs", epochs, high=MOST_EPOCHS)
+    check_integer("fine_tune_epochs", fine_tune_epochs, high=MOST_EPOCHS)
     plan = [_NOISY] * epochs
     if isinstance(pruning, PostTraining):
         for before, level in zip((None, *pruning.levels), pruning.levels, strict=False):

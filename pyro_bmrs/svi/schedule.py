@@ -7,7 +7,9 @@ from itertools import pairwise
 
 from pyro_bmrs.checks import check_flag, check_integer, check_number, described
 
-__all__ = ["Continuous", "PostTraining", "Rates"]
+__all__ = ["MOST_EPOCHS", "Continuous", "PostTraining", "Rates"]
+
+MOST_EPOCHS = 10**6
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class PostTraining:
         if not levels or levels[-1] > 1 or any(low >= high for low, high in pairwise(levels)):
             raise ValueError(f"levels of PostTraining must increase within (0, 1], but got {levels}")
         object.__setattr__(self, "levels", levels)
-        check_integer("epochs_per_level of PostTraining", self.epochs_per_level, low=1)
+        check_integer("epochs_per_level of PostTraining", self.epochs_per_level, low=1, high=MOST_EPOCHS)
         check_flag("stop of PostTraining", self.stop)
 
 

@@ -69,7 +69,7 @@ CHANGES = {
     "structures": [({"a": 1}, TypeError, "structures must be what find_structures returned, but got a dict")],
     "unremovable": [("ignore", ValueError, "unremovable must be one of")],
     "seed": [
-        (-1, ValueError, "seed must be an integer from 0 to"),
+        (-1, ValueError, "seed must not be negative, but got -1"),
         (1.5, ValueError, "seed must be"),
         ("0", TypeError, "seed must be"),
     ],
