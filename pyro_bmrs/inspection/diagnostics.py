@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
@@ -27,7 +27,7 @@ def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distributi
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
     """
     _check_guide(guide)
-    if not callable(reduced_prior) or isinstance(reduced_prior, Distribution | type):
+    if not callable(reduced_prior) or isinstance(reduced_prior, Distribution | type | nn.Module):
         raise TypeError(f"reduced_prior must be a function of a prior, as spike is, but got {described(reduced_prior)}")
     priors, layers = guide.prior(), guide.noise
     return {

@@ -69,6 +69,9 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         with folder_lock(files[0].path.parent):
             for file in files:
                 file.partial.replace(file.path)
+    except OSError as error:
+        names = " and ".join(str(file.path) for file in files)
+        raise OSError(f"{names} cannot be written ({error}); what was there before is left") from error
     finally:
         for file in files:
             file.partial.unlink(missing_ok=True)

@@ -207,7 +207,10 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
     known: dict[int, int] = {}
     for seed in seeds:
         torch.manual_seed(seed)
-        made: Any = make()
+        try:
+            made: Any = make()
+        except TypeError as error:
+            raise TypeError(f"make() does not return a model and its guide for seed {seed}: {error}") from error
         if not (isinstance(made, tuple | list) and len(made) == 2):
             raise TypeError(f"make must return a model and its guide, but returned {described(made)}")
         model, guide = made

@@ -47,8 +47,10 @@ class RunFolder:
         if self.fabric.is_global_zero:
             try:
                 self._take()
-            except (OSError, RuntimeError) as raised:
+            except (FileExistsError, RuntimeError) as raised:
                 error = raised
+            except OSError as raised:
+                error = OSError(f"folder {self.path} cannot be written to ({raised}); choose another one")
         error = self.fabric.broadcast(error)
         if error is not None:
             raise error
