@@ -6,6 +6,7 @@ import torch
 from pyro.distributions import Categorical
 from torch import Tensor
 
+from pyro_bmrs.criteria import RankingCriterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.prediction import predict
@@ -63,7 +64,8 @@ class Advice:
             return []
         scores = [score[score.isfinite()] for score in self.pruner.scores.values()]
         known = torch.cat(scores) if scores else torch.empty(0)
-        closest = f" (the closest scores {float(known.max()):.3g}, and 0 removes)" if len(known) else ""
+        has_line = len(known) and not isinstance(self.pruner.criterion, RankingCriterion)
+        closest = f" (the closest scores {float(known.max()):.3g}, and 0 removes)" if has_line else ""
         if not scores:
             return [
                 ("nothing was removed, since the criterion was never asked", "Raise epochs beyond kl_warmup_epochs")

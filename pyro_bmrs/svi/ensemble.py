@@ -159,11 +159,11 @@ def fit_ensemble(
         open_now.callback(trainer.stack.release)
         fits = []
         for seed, (model, guide) in zip(seeds, pairs, strict=True):
-            heard = open_now.enter_context(closing(Callbacks(callbacks(seed) if callbacks else [])))
+            listener = open_now.enter_context(closing(Callbacks(callbacks(seed) if callbacks else [])))
             pruner = Pruner(model, guide, criterion, first, structures)
             history = History(model, guide, pruner, held_out)
             advice = Advice(history, pruner, rates, trainer.steps_per_epoch, data)
-            fits.append(_Fit(pruner, history, heard, advice))
+            fits.append(_Fit(pruner, history, listener, advice))
             model.fitted = True
         bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
         _run(trainer, fits, pruning, bar)
@@ -173,7 +173,7 @@ def fit_ensemble(
             model.eval()
             seconds = time.perf_counter() - started
             result = FitResult(each.pruner.masks, each.pruner.scores, each.history.entries, seconds)
-            each.heard.on_end(result)
+            each.listener.on_end(result)
             replicas.append(Replica(seed, model, guide, result))
         _advise(seeds, fits)
     return replicas
@@ -262,15 +262,15 @@ class _Fit:
 
     pruner: Pruner
     history: History
-    heard: Callback
+    listener: Callback
     advice: Advice
 
 
 def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar: Callback) -> None:
     """Run all epochs."""
     noisy_epochs, epochs = trainer.rates.noisy_epochs, trainer.rates.epochs
-    for heard in (*(each.heard for each in fits), bar):
-        heard.on_start(epochs, [])
+    for listener in (*(each.listener for each in fits), bar):
+        listener.on_start(epochs, [])
     for epoch in range(1, epochs + 1):
         noisy = epoch <= noisy_epochs
         try:
@@ -280,11 +280,11 @@ def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar
         records = []
         for each, loss in zip(fits, losses, strict=True):
             if noisy and pruning.is_due(epoch, trainer.rates.kl_warmup_epochs):
-                each.heard.on_pruning(epoch, each.pruner.remove_supported())
+                each.listener.on_pruning(epoch, each.pruner.remove_supported())
             records.append(each.history.record("noisy" if noisy else "fine-tune", loss))
             if epoch == noisy_epochs:
                 each.pruner.restore_removed()
-            each.heard.on_epoch_end(records[-1])
+            each.listener.on_epoch_end(records[-1])
         bar.on_epoch_end(_means(records))
 
 

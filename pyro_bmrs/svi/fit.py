@@ -183,7 +183,7 @@ def fit(
         with (
             local_seed(shared + fabric.global_rank, [fabric.device]),
             run_folder or nullcontext(),
-            closing(Callbacks(listeners)) as heard,
+            closing(Callbacks(listeners)) as listener,
         ):
             model.to(fabric.device)
             guide.to(fabric.device)
@@ -199,13 +199,14 @@ def fit(
             elif model.fitted and epochs:
                 warnings.warn(_FITTED, FitWarning, stacklevel=2)
             if run.position < len(plan):
-                heard.on_start(len(plan), run.history.entries)
+                listener.on_start(len(plan), run.history.entries)
                 model.fitted = True
-                run.go(plan, pruning, checkpoint_every, heard)
+                run.go(plan, pruning, checkpoint_every, listener)
             model.eval()
             result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds)
-            heard.on_end(result)
-            advice.give()
+            listener.on_end(result)
+            if fabric.is_global_zero:
+                advice.give()
     return result
 
 

@@ -206,8 +206,8 @@ class Run:
             trainer.fabric, model, guide, trainer.elbo, trainer.data, trainer.batch_size, trainer.rates,
             torch.Generator(),
         )  # fmt: skip
-        judge = Pruner(model, guide, pruner.criterion, pruner.batch, copy.copy(pruner.structures))
-        return Run(again, judge, self.validation, self.settings, self.folder)
+        pruner_of_copies = Pruner(model, guide, pruner.criterion, pruner.batch, copy.copy(pruner.structures))
+        return Run(again, pruner_of_copies, self.validation, self.settings, self.folder)
 
     def _restore(self, state: State, plan: list[Planned]) -> None:
         of_fit = part(state, "fit")
