@@ -39,6 +39,17 @@ class Slow(bmrs.Callback):
         time.sleep(0.02)
 
 
+class Stop(bmrs.Callback):
+    """Interrupts a fit at the end of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch_end(self, record):
+        if record["epoch"] == self.epoch:
+            raise KeyboardInterrupt
+
+
 def build(guide=bmrs.TruncatedLogNormalGuide, dtype=torch.float64):
     torch.manual_seed(0)
     net = nn.Sequential(

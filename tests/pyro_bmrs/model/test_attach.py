@@ -13,7 +13,7 @@ import pyro
 import pytest
 import torch
 from nets import random_masks
-from processes import EveryThird, MedianGuide, state
+from processes import EveryThird, MedianGuide, Stop, state
 from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 from safetensors.torch import load_file
@@ -440,7 +440,7 @@ import os, sys
 import torch
 from lightning_fabric import Fabric
 from nets import blobs
-from processes import EveryThird, MedianGuide, state
+from processes import EveryThird, MedianGuide, Stop, state
 from safetensors.torch import save_file
 from torch import nn
 
@@ -591,17 +591,6 @@ def test_shrinking_again_and_again_and_detaching():
     assert not hooks(net)
     assert net.eval()(x).isfinite().all()
     assert net.encoder.layers[0].linear1.out_features == 9
-
-
-class Stop(bmrs.Callback):
-    """Interrupts a fit at the end of an epoch."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, record):
-        if record["epoch"] == self.epoch:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", ["residual", "batch first"])

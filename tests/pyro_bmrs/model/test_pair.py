@@ -1,6 +1,7 @@
 """A model and its guide belong together, and every fact about them has one home."""
 
 import copy
+import math
 import pickle
 
 import pyro
@@ -315,3 +316,20 @@ def test_masks_that_are_none_are_refused(wrong):
             use()
     with pytest.raises(ValueError, match=r"removed must be a bool tensor of shape \(9,\)"):
         model.noise[site].remove(torch.ones(9, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("one", "zero"), [(0.5, 0.5), (1e-3, 2e-3), (47.5, 2.5), (3.0, 1e-2)])
+def test_draws_of_a_beta_guide_are_those_of_a_beta(one, zero):
+    model = bmrs.NoisyNetwork(nn.Sequential(nn.Linear(2, 1), bmrs.MultiplicativeNoise(1, prior=dist.Beta(1.0, 1.0))))
+    guide = bmrs.BetaGuide(model)
+    with torch.no_grad():
+        guide.log_concentration1.fill_(math.log(one))
+        guide.log_concentration0.fill_(math.log(zero))
+    draws = guide.draw((100_000,))["1.theta"]
+    q = guide.posterior()["1.theta"]
+    assert draws.mean().item() == pytest.approx(q.mean.item(), abs=5 * q.stddev.item() / 100_000**0.5)
+    assert draws.var().item() == pytest.approx(q.variance.item(), rel=0.05)
+    (slope,) = torch.autograd.grad(draws.mean(), guide.log_concentration1)
+    expected = one * zero / (one + zero) ** 2  # of the mean in the log concentration
+    if one > 0.1:
+        assert slope.item() == pytest.approx(expected, rel=0.05)

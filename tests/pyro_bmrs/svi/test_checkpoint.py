@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from nets import blobs, small_classifier
-from processes import EveryThird, fit_in_turns, state
+from processes import EveryThird, Stop, fit_in_turns, state
 from safetensors.torch import load_file, save_file
 
 import pyro_bmrs as bmrs
@@ -59,17 +59,6 @@ def test_a_run_killed_at_20_random_moments_ends_bit_identical(forks, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not list(killed.rglob("*.partial"))
     assert len((killed / "metrics.jsonl").read_text().splitlines()) == 30
-
-
-class Stop(bmrs.Callback):
-    """Interrupts a fit at the end of an epoch."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, record):
-        if record["epoch"] == self.epoch:
-            raise KeyboardInterrupt
 
 
 PRUNINGS = {

@@ -1,6 +1,7 @@
 import json
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from nets import NETWORKS, blobs
@@ -310,3 +311,22 @@ def test_bad_numbers_on_a_gpu_name_seed_and_step():
     settings = {**QUICK, "device": "cuda", "lr": 1e37}
     with pytest.raises(FloatingPointError, match=r"the replica of seed \d failed: .* step \d+"):
         bmrs.fit_ensemble(make(dtype=torch.float32), problem(dtype=torch.float32), seeds=SEEDS, **settings)
+
+
+def beta():
+    noise = bmrs.MultiplicativeNoise(8, prior=dist.Beta(1.0, 1.0))
+    model = bmrs.NoisyNetwork(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), noise, nn.Linear(8, 3))).double()
+    return model, bmrs.BetaGuide(model)
+
+
+@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+def test_beta_noise_is_fitted_at_once_as_one_by_one(granularity):
+    settings = {**QUICK, "epochs": 20, "granularity": granularity}
+    alone = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        alone.append(bmrs.fit(*beta(), problem(), seed=seed, **settings).history[-1]["loss"])
+    together = [
+        each.result.history[-1]["loss"] for each in bmrs.fit_ensemble(beta, problem(), seeds=range(3), **settings)
+    ]
+    assert together == pytest.approx(alone, rel=0.2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 from nets import blobs, small_classifier
+from processes import Stop
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -20,15 +21,6 @@ from pyro_bmrs.svi.fingerprint import fingerprint
 
 QUICK = {"epochs": 4, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 FILE = "checkpoint/fit.safetensors"
-
-
-class Stop(bmrs.Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, record):
-        if record["epoch"] == self.epoch:
-            raise KeyboardInterrupt
 
 
 class Net(nn.Module):
