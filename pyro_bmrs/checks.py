@@ -8,11 +8,14 @@ from functools import singledispatch, wraps
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 __all__ = [
     "by_type_of_first",
     "check_flag",
+    "check_function",
     "check_integer",
+    "check_list",
     "check_module",
     "check_number",
     "check_parameters",
@@ -72,6 +75,22 @@ def check_module(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is an instance of ``nn.Module``."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, but got {described(value)}")
+
+
+def check_function(name: str, value: Any, wanted: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is a function; modules and distributions can be called too, but are none."""
+    if not callable(value) or isinstance(value, nn.Module | Distribution | type):
+        raise TypeError(f"{name} must be a function {wanted}, but got {described(value)}")
+
+
+def check_list(name: str, value: Any, wanted: str) -> list[Any]:
+    """Return the elements of ``value``, or raise ``TypeError`` if it is a string or has none."""
+    try:
+        if not isinstance(value, str | bytes):
+            return list(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be a sequence of {wanted}, but got {described(value)}")
 
 
 def check_parameters(**values: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from pyro_bmrs.checks import check_number, described
+from pyro_bmrs.checks import check_function, check_list, check_number
 
 __all__ = ["SearchResult", "greedy_search"]
 
@@ -48,10 +48,9 @@ def greedy_search(
         >>> greedy_search(joint, ["a", "b", "c"])
         SearchResult(removed=('a', 'b'), delta_f=(1.0, 3.0))
     """
-    if not callable(delta_f_of):
-        raise TypeError(f"delta_f_of must be a function of the candidates removed, but got {described(delta_f_of)}")
+    check_function("delta_f_of", delta_f_of, "of the candidates removed")
     check_number("prior_log_odds", prior_log_odds, positive=False)
-    remaining = list(candidates)
+    remaining = check_list("candidates", candidates, "what may be removed")
     removed: tuple[Candidate, ...] = ()
     delta_f: tuple[float, ...] = ()
     while remaining:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
-from pyro_bmrs.checks import check_integer, described
+from pyro_bmrs.checks import check_function, check_integer, described
 from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["evidence_changes", "to_arviz"]
@@ -27,8 +27,7 @@ def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distributi
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
     """
     _check_guide(guide)
-    if not callable(reduced_prior) or isinstance(reduced_prior, Distribution | type | nn.Module):
-        raise TypeError(f"reduced_prior must be a function of a prior, as spike is, but got {described(reduced_prior)}")
+    check_function("reduced_prior", reduced_prior, "of a prior, as spike is")
     priors, layers = guide.prior(), guide.noise
     return {
         site: layers[site].in_original(evidence_change(posterior, priors[site], reduced_prior(priors[site])), math.nan)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pyro_bmrs.checks import check_module
+from pyro_bmrs.checks import check_list, check_module
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call, call_example, output_tensors, to_network
@@ -80,6 +80,8 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
         outputs: See ``find_structures``.
     """
     _check_modules(net)
+    if not all(isinstance(name, str) for name in check_list("outputs", outputs, "names of modules")):
+        raise TypeError(f"outputs must be a sequence of names of modules, but got {outputs!r}")
     net = copied(net).eval()
     example_inputs = to_network(example_inputs, net)
     adopt_attention(net)

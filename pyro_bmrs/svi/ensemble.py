@@ -3,14 +3,14 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pyro_bmrs.checks import check_flag, check_integer, described
+from pyro_bmrs.checks import check_flag, check_function, check_integer, check_list, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
@@ -132,9 +132,9 @@ def fit_ensemble(
     rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, decay=decay)
     check_numbers(seed=None, batch_size=batch_size)
     check_flag("progress", progress)
-    for name, function in (("make", make), *((("callbacks", callbacks),) if callbacks is not None else ())):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, but got {described(function)}")
+    check_function("make", make, "that returns a model and its guide")
+    if callbacks is not None:
+        check_function("callbacks", callbacks, "from a seed to a sequence of Callback")
     elbo, target = MeanFieldELBO(granularity), resolve_device(device)
     started = time.perf_counter()
     with isolated([]), local_seed(seeds[0], [target]), ExitStack() as open_now:
@@ -159,7 +159,9 @@ def fit_ensemble(
         open_now.callback(trainer.stack.release)
         fits = []
         for seed, (model, guide) in zip(seeds, pairs, strict=True):
-            listener = open_now.enter_context(closing(Callbacks(callbacks(seed) if callbacks else [])))
+            own = callbacks(seed) if callbacks is not None else []
+            check_choices(criterion, pruning, own)
+            listener = open_now.enter_context(closing(Callbacks(own)))
             pruner = Pruner(model, guide, criterion, first, structures)
             history = History(model, guide, pruner, held_out)
             advice = Advice(history, pruner, rates, trainer.steps_per_epoch, data)
@@ -180,9 +182,8 @@ def fit_ensemble(
 
 
 def _checked_seeds(seeds: Any) -> list[int]:
-    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
-        raise TypeError(f"seeds must be a sequence of integers, but got {described(seeds)}")
-    checked = [check_integer("each of the seeds", seed, high=2**63 - 1) for seed in seeds]
+    given = check_list("seeds", seeds, "integers")
+    checked = [check_integer("each of the seeds", seed, high=2**63 - 1) for seed in given]
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"seeds must be one or more different integers, but got {checked}")
     return checked

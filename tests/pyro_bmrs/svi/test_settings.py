@@ -97,12 +97,12 @@ def test_arguments_of_fit_are_named(name, value, error, message):
 ENSEMBLE = {
     "seeds": [(3, TypeError, "seeds must be a sequence"), ("01", TypeError, "seeds"), ((0, -1), ValueError, "seeds")],
     "make": [
-        (None, TypeError, "make must be a function, but got None"),
+        (None, TypeError, "make must be a function that returns a model and its guide, but got None"),
         (lambda: 3, TypeError, "make must return a model and its guide, but returned 3"),
         (lambda: (small_classifier()[0], small_classifier()[1]), ValueError, "guide of another model"),
         (lambda: ONE, ValueError, "make must return a new model and guide at each call"),
     ],
-    "callbacks": [([bmrs.Callback()], TypeError, "callbacks must be a function")],
+    "callbacks": [([bmrs.Callback()], TypeError, "callbacks must be a function from a seed")],
     "criterion": [(Scores({}), ValueError, "scores of Scores"), (bmrs.SNR, TypeError, "criterion must be")],
     "epochs": [(1.5, ValueError, "epochs must be an integer")],
     "batch_size": [(-1, ValueError, "batch_size must be a positive integer")],
