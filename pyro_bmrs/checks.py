@@ -39,7 +39,9 @@ def check_integer(name: str, value: Any, low: int = 0, high: int | None = None, 
     if number is not None and number < low == 0:
         raise ValueError(f"{name} must not be negative, but got {number}")
     kind = {0: "an integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
-    wanted = (kind if high is None else f"an integer from {low} to {high}") + (f", {what}" if what else "")
+    if high is not None and number is not None and number > high:
+        kind = f"an integer from {low} to {high}"
+    wanted = kind + (f", {what}" if what else "")
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     raise (ValueError if is_number else TypeError)(f"{name} must be {wanted}, but got {described(value)}")
 

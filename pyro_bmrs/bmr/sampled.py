@@ -106,7 +106,7 @@ def estimate_evidence_change(
         >>> bool((result.estimate - exact).abs() < 3 * result.standard_error)
         True
     """
-    if check_integer("num_samples", num_samples) < 5 * _SMALLEST_TAIL:
+    if check_integer("num_samples", num_samples, high=10**8) < 5 * _SMALLEST_TAIL:
         raise ValueError(f"num_samples must be at least {5 * _SMALLEST_TAIL}, but got {num_samples}; 4000 is usual")
     if seed is not None:
         check_integer("seed", seed, high=2**63 - 1)

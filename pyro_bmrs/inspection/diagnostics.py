@@ -56,7 +56,7 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
     from pyro_bmrs._arviz import from_dict  # noqa: PLC0415  (ArviZ takes as long to import as torch)
 
     _check_guide(guide)
-    check_integer("draws", draws, low=1)
+    check_integer("draws", draws, low=1, high=10**7)
     check_integer("seed", seed, high=2**63 - 1)
     with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
         torch.manual_seed(seed)

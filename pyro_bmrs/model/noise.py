@@ -60,7 +60,7 @@ class MultiplicativeNoise(NoisePoint):
     """
 
     def __init__(self, size: int, prior: TorchDistribution | None = None, dim: int = 1) -> None:
-        size = check_integer("size", size, low=1, what="the number of structures")
+        size = check_integer("size", size, low=1, high=10**8, what="the number of structures")
         super().__init__(size, check_integer("dim", dim, low=-1000))
         if self.dim == 0:
             raise ValueError("dim must not be 0, which indexes examples; neurons and filters are along dimension 1")

@@ -187,7 +187,7 @@ def measure_latency(nets: Sequence[nn.Module], example_input: Inputs, rounds: in
         TypeError: If ``nets`` are no modules, or ``rounds`` is no integer.
         ValueError: If ``rounds`` is not positive, or a network does not run on the example.
     """
-    check_integer("rounds", rounds, low=1)
+    check_integer("rounds", rounds, low=1, high=10**6)
     if not isinstance(nets, Sequence):
         raise TypeError(f"nets must be a sequence of networks, but got {described(nets)}")
     for net in nets:

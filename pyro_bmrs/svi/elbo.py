@@ -50,7 +50,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     """
 
     def __init__(self, granularity: Granularity = "example", num_particles: int = 1) -> None:
-        super().__init__(num_particles=check_integer("num_particles", num_particles, low=1))
+        super().__init__(num_particles=check_integer("num_particles", num_particles, low=1, high=10**6))
         if granularity not in ("example", "batch", "element"):
             raise ValueError(f'granularity must be "example", "batch" or "element", but got {granularity!r}')
         self.granularity = granularity
