@@ -90,7 +90,7 @@ def check_list(name: str, value: Any, wanted: str) -> list[Any]:
     try:
         if not isinstance(value, str | bytes):
             return list(value)
-    except TypeError:
+    except Exception:  # classes that can be iterated over in part raise as they like
         pass
     raise TypeError(f"{name} must be a sequence of {wanted}, but got {described(value)}")
 

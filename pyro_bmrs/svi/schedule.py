@@ -117,11 +117,11 @@ class Rates:
         """
         check_number("lr", lr)
         posterior_lr = 50 * lr if posterior_lr is None else check_number("posterior_lr", posterior_lr)
-        check_integer("epochs", noisy_epochs)
-        check_integer("fine_tune_epochs", fine_tune_epochs)
+        check_integer("epochs", noisy_epochs, high=MOST_EPOCHS)
+        check_integer("fine_tune_epochs", fine_tune_epochs, high=MOST_EPOCHS)
         if kl_warmup_epochs is None:
             kl_warmup_epochs = noisy_epochs // 4
-        check_integer("kl_warmup_epochs", kl_warmup_epochs)
+        check_integer("kl_warmup_epochs", kl_warmup_epochs, high=MOST_EPOCHS)
         check_flag("decay", decay)
         epochs = noisy_epochs + levels + fine_tune_epochs
         return cls(lr, posterior_lr, epochs, noisy_epochs, kl_warmup_epochs, decay)
