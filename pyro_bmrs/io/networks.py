@@ -100,6 +100,8 @@ def _files(path: PathLike) -> tuple[Path, Path]:
         base = Path(path)
     except TypeError:
         raise TypeError(f"path must be a path without suffix, but got {described(path)}") from None
+    if not base.name:
+        raise ValueError(f"path must name the files, without suffix, but got {str(path)!r}")
     return base.with_name(base.name + ".json"), base.with_name(base.name + ".safetensors")
 
 
