@@ -3,15 +3,12 @@
 import math
 import numbers
 import operator
-from collections.abc import Callable
-from functools import singledispatch, wraps
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 __all__ = [
-    "by_type_of_first",
     "check_flag",
     "check_function",
     "check_integer",
@@ -19,6 +16,7 @@ __all__ = [
     "check_module",
     "check_number",
     "check_parameters",
+    "check_seed",
     "described",
 ]
 
@@ -44,6 +42,11 @@ def check_integer(name: str, value: Any, low: int = 0, high: int | None = None, 
     wanted = kind + (f", {what}" if what else "")
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     raise (ValueError if is_number else TypeError)(f"{name} must be {wanted}, but got {described(value)}")
+
+
+def check_seed(name: str, value: Any) -> int:
+    """Return ``value`` if it is a seed of torch's generators: an integer from 0 to 2^63 - 1."""
+    return check_integer(name, value, high=2**63 - 1)
 
 
 def check_number(name: str, value: Any, positive: bool = True) -> float:
@@ -102,21 +105,6 @@ def check_parameters(**values: Any) -> None:
         is_tensor = isinstance(value, Tensor) and value.is_floating_point()
         if not (is_number or is_tensor or (isinstance(value, Tensor) and not value.is_complex() and value.dim() == 0)):
             raise TypeError(f"{name} must be a number or a floating-point tensor, but got {described(value)}")
-
-
-def by_type_of_first(function: Callable[..., Any]) -> Any:
-    """Make a function dispatch on the type of its first argument, which may also be given by name."""
-    dispatched = singledispatch(function)
-    first = function.__code__.co_varnames[0]
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not args and first in kwargs:
-            args = (kwargs.pop(first),)
-        return dispatched(*args, **kwargs)
-
-    call.register = dispatched.register  # type: ignore[attr-defined]
-    return call
 
 
 def described(value: Any) -> str:

@@ -1,18 +1,35 @@
 """Priors that would remove a structure: the paper's two."""
 
 import math
+from collections.abc import Callable
+from functools import singledispatch, wraps
 from typing import Any
 
 import torch
 from torch.distributions import Distribution
 
-from pyro_bmrs.checks import by_type_of_first, check_number
+from pyro_bmrs.checks import check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 
 __all__ = ["precision_window", "spike"]
 
 
-@by_type_of_first
+def _by_type_of_first(function: Callable[..., Any]) -> Any:
+    """Make a function dispatch on the type of its first argument, which may also be given by name."""
+    dispatched = singledispatch(function)
+    first = function.__code__.co_varnames[0]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not args and first in kwargs:
+            args = (kwargs.pop(first),)
+        return dispatched(*args, **kwargs)
+
+    call.register = dispatched.register  # type: ignore[attr-defined]
+    return call
+
+
+@_by_type_of_first
 def spike(prior: Any, scale: float = 1e-6) -> Distribution:
     r"""Return BMRS_N's reduced prior: all mass within about ``scale`` of the prior's lower bound.
 
@@ -44,7 +61,7 @@ def _spike_at_lower_bound(prior: LogUniform | TruncatedLogNormal, scale: float =
     )
 
 
-@by_type_of_first
+@_by_type_of_first
 def precision_window(prior: Any, p1: float = 8, p2: float | None = 23) -> Distribution:
     r"""Return BMRS_U's reduced prior: log-uniform on :math:`[2^{-p_2}, 2^{-p_1}]` (eq. 10 of the paper).
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr.registry import check_distributions
-from pyro_bmrs.checks import check_integer
+from pyro_bmrs.checks import check_integer, check_seed
 
 __all__ = [
     "PARETO_K_LIMIT",
@@ -109,7 +109,7 @@ def estimate_evidence_change(
     if check_integer("num_samples", num_samples, high=10**8) < 5 * _SMALLEST_TAIL:
         raise ValueError(f"num_samples must be at least {5 * _SMALLEST_TAIL}, but got {num_samples}; 4000 is usual")
     if seed is not None:
-        check_integer("seed", seed, high=2**63 - 1)
+        check_seed("seed", seed)
     shape = check_distributions(posterior, prior, reduced_prior)
     with torch.no_grad(), _seeded(seed):
         draws = posterior.expand(shape).sample((num_samples,))

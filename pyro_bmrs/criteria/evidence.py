@@ -38,17 +38,23 @@ class EvidenceCriterion(Criterion):
             if not (by_site and isinstance(each, Tensor)):
                 check_number(name, each, positive=False)
             elif each.is_complex() or each.dtype == torch.bool or not bool(torch.isfinite(each).all()):
-                raise ValueError(f"{name} must be finite numbers, but got {described(each)} with others")
+                raise ValueError(f"{name} must be finite numbers, but {described(each)} has others")
+
+    def _check_sites(self, known: list[str]) -> None:
+        if not isinstance(self.prior_log_odds, Mapping):
+            return
+        named = list(self.prior_log_odds)
+        for site in known:
+            if site not in named:
+                raise ValueError(f"prior_log_odds has no entry for site {site!r}; it has {named}")
+        for site in named:
+            if site not in known:
+                raise ValueError(f"prior_log_odds names {site!r}, but the model's sites are {known}")
 
     def log_odds(self, site: str, context: PruningContext) -> Tensor | float:
         """Return the prior log-odds of the structures of one site that are physically there."""
         if not isinstance(self.prior_log_odds, Mapping):
             return self.prior_log_odds
-        known, named = list(context.guide.sizes), list(self.prior_log_odds)
-        for other in (each for each in known if each not in named):
-            raise ValueError(f"prior_log_odds has no entry for site {other!r}; it has {named}")
-        for other in (each for each in named if each not in known):
-            raise ValueError(f"prior_log_odds names {other!r}, but the model's sites are {known}")
         odds, layer = self.prior_log_odds[site], context.guide.noise[site]
         if not isinstance(odds, Tensor) or odds.dim() == 0:
             return odds
@@ -67,6 +73,7 @@ class EvidenceCriterion(Criterion):
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
+        self._check_sites(list(context.guide.sizes))
         priors, scores = context.guide.prior(), {}
         for site, posterior in context.guide.posterior().items():
             delta_f = evidence_change(posterior, priors[site], self.reduced_prior(priors[site]))

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.checks import check_integer, described
+from pyro_bmrs.checks import check_seed, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
 from pyro_bmrs.criteria.evidence import BMRS_N
 from pyro_bmrs.structures.cost import count_parameters
@@ -120,7 +120,7 @@ class Random(RankingCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("seed of Random", self.seed, high=2**63 - 1)
+        check_seed("seed of Random", self.seed)
 
     def scores(self, context: PruningContext) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)

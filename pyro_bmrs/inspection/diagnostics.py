@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
-from pyro_bmrs.checks import check_function, check_integer, described
+from pyro_bmrs.checks import check_function, check_integer, check_seed, described
 from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["evidence_changes", "to_arviz"]
@@ -50,14 +50,14 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
         seed: Their seed; the global random state is left alone.
 
     Raises:
-        TypeError: If ``guide`` is no guide of ours, or another argument no integer.
+        TypeError: If ``guide`` is not a ``FlatGuide``, or another argument is not an integer.
         ValueError: If ``draws`` is not positive.
     """
     from pyro_bmrs._arviz import from_dict  # noqa: PLC0415  (ArviZ takes as long to import as torch)
 
     _check_guide(guide)
     check_integer("draws", draws, low=1, high=10**7)
-    check_integer("seed", seed, high=2**63 - 1)
+    check_seed("seed", seed)
     with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
         torch.manual_seed(seed)
         posterior = guide.draw((1, draws))

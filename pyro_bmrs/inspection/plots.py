@@ -145,7 +145,7 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
     ax.set_yticks(list(ticks.values()), list(ticks))
     ax.set_ylim(row - 2, -2)
     ax.set_xlabel(_LOG_THETA)
-    ax.set_ylabel("layer, one row a structure")
+    ax.set_ylabel("layer, one row per structure")
     ax.set_title(f"posterior median and {100 * mass:.0f} % interval", loc="right", fontsize=10)
     _legend(ax)
     return ax
@@ -185,7 +185,7 @@ def plot_evidence(
     ax.set_yscale("symlog", linthresh=1)
     labels = [f"{_layer(site)}\n{int(masks[site].sum())} of {len(values)} kept" for site, values in delta_f.items()]
     ax.set_xticks(range(len(delta_f)), labels)
-    ax.set_xlabel("layer, one point a structure")
+    ax.set_xlabel("layer, one point per structure")
     ax.set_ylabel(_DELTA_F)
     _legend(ax, line=f"decision line, {-prior_log_odds:.2g} nats")
     return ax

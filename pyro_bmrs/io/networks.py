@@ -75,8 +75,8 @@ def load(path: PathLike, module: nn.Module | None = None) -> nn.Module:
     Raises:
         FileNotFoundError: If a file is missing.
         TypeError: If ``module`` is no module.
-        ValueError: If a file is damaged or is no network of ours, the two do not belong together, or they do not fit
-            ``module``, which is left as it was. No code in them is run.
+        ValueError: If a file is damaged or was not written by ``save``, the two do not belong together, or they do not
+            fit ``module``, which is left as it was. No code in them is run.
     """
     if not (module is None or isinstance(module, nn.Module)):
         raise TypeError(f"module must be an instance of the class that was saved, but got {described(module)}")

@@ -7,13 +7,13 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_bmrs.checks import check_module, described
+from pyro_bmrs.checks import check_module
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Argument, Site
 from pyro_bmrs.structures.removal import adopt_attention, changed_arguments, drop_hooks, reader_inputs
-from pyro_bmrs.structures.structure_set import StructureSet
+from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 
 __all__ = ["AttachedNoise", "attach_noise"]
 
@@ -116,10 +116,11 @@ class AttachedNoise(Attachment):
         if all(layer.size == known[site] for site, layer in layers.items()):
             self.follow(self.structures)
             return
-        if any(layer.original_size != known[site] for site, layer in layers.items()):
+        whole = {site: layer.original_size for site, layer in layers.items()}
+        if whole != known:
             raise ValueError(
-                f"the saved network was cut from one with { ({s: each.original_size for s, each in layers.items()}) } "
-                f"structures, but the one passed to load has {known}: pass a whole one"
+                f"the saved network was cut from one with {whole} structures, but the one passed to load has {known}: "
+                "pass a whole one"
             )
         there = {site: layer.in_original(torch.ones_like(layer.keep), False) for site, layer in layers.items()}
         left = self.structures.without(record.dead(there, in_place=True))
@@ -149,23 +150,13 @@ def _key(name: str) -> str:
 
 def _check(net: nn.Module, structures: StructureSet) -> None:
     check_module("net", net)
-    if not isinstance(structures, StructureSet):
-        raise TypeError(f"structures must be what find_structures returned, but got {described(structures)}")
+    check_structures(net, structures)
     if len(structures) == 0:
         raise ValueError("there are no structures to attach noise to; print(structures) says why each was refused")
     for module in net.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if any(isinstance(hook, _ReaderHook | _OutputHook) for hook in hooks):
             raise ValueError("the network has noise attached already: detach() that first, or attach all at once")
-    tensors = dict((*net.named_parameters(), *net.named_buffers()))
-    for name, each in structures.items():
-        for (tensor, d), index in each.members.items():
-            found = tensors[tensor].shape if tensor in tensors else None
-            if found is None or d >= len(found) or found[d] != len(index):
-                raise ValueError(
-                    f"the structures {name!r} were found in another network: there {tensor!r} had {len(index)} "
-                    f"positions along dimension {d}, here its shape is {None if found is None else tuple(found)}"
-                )
 
 
 class _ReaderHook:

@@ -56,7 +56,7 @@ def predict(
         outputs = []
         for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size):
             inputs = tree_map(lambda each: to_input(each, model.net), batch)
-            with refusing(f"inputs x, {described(x)}"):
+            with refusing(f"the network does not run on inputs x, {described(x)}"):
                 outputs.append(model.run(inputs, values, masked=False))
     return concatenated(outputs)
 

@@ -56,7 +56,8 @@ def compact(
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
     """
     check_pair(model, guide)
-    check_structures(model.net, structures)
+    if structures is not None:
+        check_structures(model.net, structures)
     masks = check_masks(masks, model.noise, model.sizes)
     structures = structures_of(model.net, example_input) if structures is None else structures
     record = structures.record

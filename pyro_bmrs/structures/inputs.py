@@ -41,18 +41,18 @@ def call_example(net: nn.Module, inputs: Inputs, name: str = "the example inputs
     Raises:
         ValueError: If the network does not run on them; says why.
     """
-    with refusing(name):
+    with refusing(f"the network does not run on {name}"):
         return call(net, inputs)
 
 
 @contextmanager
-def refusing(name: str) -> Iterator[None]:
-    """Turn whatever a network raises inside into a ``ValueError`` that says it does not run on what is called so."""
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a network raises inside into a ``ValueError`` that says ``what`` is wrong, and why."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"the network does not run on {name} ({reason}); give inputs that it takes") from error
+        raise ValueError(f"{what} ({reason}); give inputs that it takes") from error
 
 
 def batch_size(inputs: Inputs) -> int:

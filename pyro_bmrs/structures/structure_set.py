@@ -161,15 +161,13 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def check_structures(net: nn.Module, structures: StructureSet | None) -> None:
-    """Raise unless ``structures`` are None or those of ``net``.
+def check_structures(net: nn.Module, structures: StructureSet) -> None:
+    """Raise unless ``structures`` are those of ``net``.
 
     Raises:
         TypeError: If they are no ``StructureSet``.
         ValueError: If they were found in another network.
     """
-    if structures is None:
-        return
     if not isinstance(structures, StructureSet):
         raise TypeError(f"structures must be what find_structures returned, but got {described(structures)}")
     own = net.net if isinstance(net, Attachment) else net

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from pyro_bmrs.checks import described
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.inputs import refusing, to_input
 
 __all__ = ["Data", "check_data", "check_observations"]
 
@@ -114,15 +114,10 @@ def _likelihood_of(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> Any:
     """Return the distribution of as many observations as there are in ``y``, from the network's first output."""
     device = next(iter(model.noise.values())).keep.device
     ones = {site: torch.ones(size, device=device) for site, size in model.sizes.items()}
-    with evaluating(model):
-        try:
-            output = model.run(to_input(x[:1].to(device), model.net), ones)
-        except Exception as error:  # networks refuse their inputs as they like
-            own = next((f", and parameters are of {p.dtype}" for p in model.net.parameters()), "")
-            raise ValueError(
-                f"the network cannot take the inputs of {name}: they are of shape {tuple(x.shape)} and {x.dtype}{own} "
-                f"({type(error).__name__}: {_first_line(error)})"
-            ) from error
+    own = next((f", and parameters are of {p.dtype}" for p in model.net.parameters()), "")
+    found = f"they are of shape {tuple(x.shape)} and {x.dtype}{own}"
+    with evaluating(model), refusing(f"the network cannot take the inputs of {name}: {found}"):
+        output = model.run(to_input(x[:1].to(device), model.net), ones)
     try:
         if isinstance(output, Tensor) and output.dim():
             return model.observed(output.expand(len(y), *output.shape[1:]), len(y))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyro_bmrs.checks import check_flag, check_function, check_integer, check_list, described
+from pyro_bmrs.checks import check_flag, check_function, check_integer, check_list, check_seed, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
@@ -29,11 +29,10 @@ from pyro_bmrs.svi.replicas import ReplicaTrainer
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, Rates
 from pyro_bmrs.svi.settings import (
-    Pair,
+    check_callbacks,
     check_choices,
     check_data_sets,
     check_model_and_guide,
-    check_numbers,
     check_trained,
     counting_examples,
 )
@@ -108,7 +107,7 @@ def fit_ensemble(
         callbacks: From a seed to what is told of its replica.
 
     Returns:
-        One replica a seed, in their order.
+        One replica per seed, in their order.
 
     Raises:
         TypeError, ValueError: If the data or an argument does not fit, or the replicas are not alike; before training
@@ -130,7 +129,7 @@ def fit_ensemble(
     _check_pruning(pruning)
     seeds = _checked_seeds(seeds)
     rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, decay=decay)
-    check_numbers(seed=None, batch_size=batch_size)
+    check_integer("batch_size", batch_size, low=1)
     check_flag("progress", progress)
     check_function("make", make, "that returns a model and its guide")
     if callbacks is not None:
@@ -138,9 +137,10 @@ def fit_ensemble(
     elbo, target = MeanFieldELBO(granularity), resolve_device(device)
     started = time.perf_counter()
     with isolated([]), local_seed(seeds[0], [target]), ExitStack() as open_now:
-        pairs = _make_all(make, seeds)
+        pairs = _make_all(make, seeds, fine_tune_epochs)
         open_now.enter_context(isolated([each for pair in pairs for each in pair]))
-        data, held_out = _check_all(pairs, train, validation, epochs, fine_tune_epochs)
+        data, held_out = check_data_sets([model for model, _ in pairs], train, validation)
+        listeners = [_listeners(seed, callbacks) for seed in seeds]
         batch_size = min(batch_size, len(data[0]))
         first = data[0][:batch_size], data[1][:batch_size]
         model, guide = pairs[0]
@@ -156,11 +156,8 @@ def fit_ensemble(
         held_out = None if held_out is None else (held_out[0].to(target), held_out[1].to(target))
         models, guides = zip(*pairs, strict=True)
         trainer = ReplicaTrainer(models, guides, seeds, elbo, data, batch_size, rates)
-        open_now.callback(trainer.stack.release)
         fits = []
-        for seed, (model, guide) in zip(seeds, pairs, strict=True):
-            own = callbacks(seed) if callbacks is not None else []
-            check_choices(criterion, pruning, own)
+        for (model, guide), own in zip(pairs, listeners, strict=True):
             listener = open_now.enter_context(closing(Callbacks(own)))
             pruner = Pruner(model, guide, criterion, first, structures)
             history = History(model, guide, pruner, held_out)
@@ -168,22 +165,31 @@ def fit_ensemble(
             fits.append(_Fit(pruner, history, listener, advice))
             model.fitted = True
         bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
-        _run(trainer, fits, pruning, bar)
-        trainer.stack.release()
-        replicas = []
-        for seed, (model, guide), each in zip(seeds, pairs, fits, strict=True):
-            model.eval()
-            seconds = time.perf_counter() - started
-            result = FitResult(each.pruner.masks, each.pruner.scores, each.history.entries, seconds)
-            each.listener.on_end(result)
-            replicas.append(Replica(seed, model, guide, result))
+        try:
+            _run(trainer, fits, pruning, bar)
+        finally:
+            trainer.stack.release()
+        replicas = [_ended(seed, each, started) for seed, each in zip(seeds, fits, strict=True)]
         _advise(seeds, fits)
     return replicas
 
 
+def _ended(seed: int, fit: "_Fit", started: float) -> Replica:
+    """Return what has become of one replica, and tell its callbacks."""
+    model, guide = fit.history.model.eval(), fit.history.guide
+    result = FitResult(fit.pruner.masks, fit.pruner.scores, fit.history.entries, time.perf_counter() - started)
+    fit.listener.on_end(result)
+    return Replica(seed, model, guide, result)
+
+
+def _listeners(seed: int, callbacks: Callable[[int], Sequence[Callback]] | None) -> list[Callback]:
+    """Return what listens to the fit of one seed."""
+    return [] if callbacks is None else check_callbacks(callbacks(seed))
+
+
 def _checked_seeds(seeds: Any) -> list[int]:
     given = check_list("seeds", seeds, "integers")
-    checked = [check_integer("each of the seeds", seed, high=2**63 - 1) for seed in given]
+    checked = [check_seed("each of the seeds", seed) for seed in given]
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"seeds must be one or more different integers, but got {checked}")
     return checked
@@ -202,7 +208,7 @@ def _check_pruning(pruning: Any) -> None:
         )
 
 
-def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, FlatGuide]]:
+def _make_all(make: Make, seeds: Sequence[int], fine_tune_epochs: int) -> list[tuple[NoisyNetwork, FlatGuide]]:
     """Return a model and a guide for each seed, no two of which share anything that is trained."""
     pairs: list[tuple[NoisyNetwork, FlatGuide]] = []
     known: dict[int, int] = {}
@@ -216,6 +222,8 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
             raise TypeError(f"make must return a model and its guide, but returned {described(made)}")
         model, guide = made
         check_model_and_guide(model, guide)
+        check_trained(model, guide, fine_tune_epochs)
+        check_dtypes(model, guide, "32-true")
         for parameter in (*model.parameters(), *guide.parameters()):
             if known.setdefault(id(parameter), seed) != seed:
                 raise ValueError(
@@ -224,17 +232,6 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
                 )
         pairs.append((model, guide))
     return pairs
-
-
-def _check_all(
-    pairs: Sequence[tuple[NoisyNetwork, FlatGuide]], train: Any, validation: Any, epochs: int, fine_tune_epochs: int
-) -> tuple[Pair, Pair | None]:
-    """Return the data, once every model has been seen to take them."""
-    for model, guide in pairs:
-        check_trained(model, guide, fine_tune_epochs)
-        check_dtypes(model, guide, "32-true")
-        data, held_out = check_data_sets(model, train, validation)
-    return data, held_out
 
 
 def _check_settings(pairs: Sequence[tuple[NoisyNetwork, FlatGuide]]) -> None:

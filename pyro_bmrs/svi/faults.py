@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 
-__all__ = ["check_parameters", "loss_error"]
+__all__ = ["check_finite", "check_parameters", "loss_error"]
+
+
+def check_finite(model: NoisyNetwork, guide: FlatGuide) -> None:
+    """Raise ``ValueError`` if a parameter is not finite before a fit, naming it."""
+    if culprits := _non_finite_tensors(model, guide):
+        raise ValueError(f"a fit cannot begin: {_list(culprits)}; make model and guide anew, or load them")
 
 
 def check_parameters(model: NoisyNetwork, guide: FlatGuide, step: int) -> None:
@@ -60,4 +66,4 @@ def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Tensor) ->
 
 def _list(culprits: list[str]) -> str:
     more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-    return f"{', '.join(culprits[:3])}{more} are not finite"
+    return f"{', '.join(culprits[:3])}{more} {'is' if len(culprits) == 1 else 'are'} not finite"

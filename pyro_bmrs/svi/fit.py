@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from pyro_bmrs.checks import check_flag, described
+from pyro_bmrs.checks import check_flag, check_integer, check_seed, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
@@ -22,8 +22,8 @@ from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLine
 from pyro_bmrs.svi.data import Data
 from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric, place
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.svi.fingerprint import fingerprint, network_fingerprint
 from pyro_bmrs.svi.isolation import isolated, local_seed
+from pyro_bmrs.svi.problem import problem_fingerprints
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.run import Run, make_plan
@@ -31,10 +31,10 @@ from pyro_bmrs.svi.run_folder import RunFolder
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, Rates
 from pyro_bmrs.svi.settings import (
     Pair,
+    check_callbacks,
     check_choices,
     check_data_sets,
     check_model_and_guide,
-    check_numbers,
     check_trained,
     counting_examples,
 )
@@ -148,21 +148,22 @@ def fit(
             with nothing to show for it.
     """
     check_model_and_guide(model, guide)
-    check_choices(criterion, pruning, callbacks)
+    check_choices(criterion, pruning)
     plan = make_plan(epochs, pruning, fine_tune_epochs)
     levels = sum(planned.phase == "post-training" for planned in plan)
     rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, levels, decay)
     check_trained(model, guide, levels + fine_tune_epochs)
-    check_numbers(batch_size=batch_size, checkpoint_every=checkpoint_every, seed=seed)
+    _check_numbers(batch_size, checkpoint_every, seed)
     _check_switches(compile, progress, resume, folder, pruning)
     elbo = MeanFieldELBO(granularity)
     fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
     check_dtypes(model, guide, fabric.strategy.precision.precision)
-    check_structures(model.net, structures)
-    data, held_out = check_data_sets(model, train, validation)
+    if structures is not None:
+        check_structures(model.net, structures)
+    data, held_out = check_data_sets([model], train, validation)
     batch_size = _clamped(batch_size, len(data[0]), fabric)
     run_folder = None if folder is None else RunFolder(folder, fabric, resume)
-    listeners = _listeners(fabric, callbacks, run_folder, progress)
+    listeners = _listeners(fabric, check_callbacks(callbacks), run_folder, progress)
     with isolated([model, guide]), counting_examples(model, len(data[0])):
         settings: dict[str, Any] = {
             "pruning": repr(pruning),
@@ -174,7 +175,7 @@ def fit(
             "seed": seed,
         }
         if run_folder is not None:
-            settings |= fingerprints(model, guide, criterion, data, held_out)
+            settings |= problem_fingerprints(model, guide, criterion, data, held_out)
         first = data[0][:batch_size], data[1][:batch_size]
         x, y = _on(first, model, guide.device)
         known = removable_structures(model.net, x[:2], structures, unremovable)
@@ -210,6 +211,13 @@ def fit(
     return result
 
 
+def _check_numbers(batch_size: Any, checkpoint_every: Any, seed: Any) -> None:
+    check_integer("batch_size", batch_size, low=1)
+    check_integer("checkpoint_every", checkpoint_every, low=1)
+    if seed is not None:
+        check_seed("seed", seed)
+
+
 def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any) -> None:
     for name, flag in (("compile", compiled), ("progress", progress), ("resume", resume)):
         check_flag(name, flag)
@@ -217,25 +225,6 @@ def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, prun
         raise ValueError("resume=True needs the folder whose checkpoint to go on from")
     if compiled and isinstance(pruning, Continuous) and pruning.shrink:
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
-
-
-def fingerprints(
-    model: NoisyNetwork, guide: FlatGuide, criterion: Criterion | None, data: Pair, held_out: Pair | None
-) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the problem that it belongs to, by name."""
-    priors = {f"{site}.{name}": each for site, layer in model.noise.items() for name, each in layer.named_buffers()}
-    return {
-        "criterion": fingerprint(criterion),
-        "kl_weight": {site: model.kl_weight * weight for site, weight in model.kl_weights.items()},
-        "num_data": model.num_data,
-        "sizes": model.sizes,
-        "train": [fingerprint(each) for each in data],
-        "validation": None if held_out is None else [fingerprint(each) for each in held_out],
-        "network": network_fingerprint(model.net),
-        "likelihood": fingerprint(model.likelihood),
-        "guide": f"{type(guide).__module__}.{type(guide).__qualname__}",
-        "priors": {name: fingerprint(each) for name, each in priors.items() if ".prior_" in name},
-    }
 
 
 def _clamped(batch_size: int, examples: int, fabric: Fabric) -> int:

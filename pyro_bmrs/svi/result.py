@@ -21,9 +21,9 @@ class FitResult:
             given to ``fit``. Where the fit has shrunk it, ``compact(model, guide, None, ...)`` takes the model's own.
         scores: For each site the criterion's score of each structure when it was last judged, of shape ``(size,)``;
             removed where >= 0. Empty if nothing was judged.
-        history: One record an epoch: ``epoch``, ``phase``, ``loss`` (nats an example), ``kl`` (nats), ``kl_weight``,
+        history: One record per epoch: ``epoch``, ``phase``, ``loss`` (nats per example), ``kl`` (nats), ``kl_weight``,
             ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
-            ``log_likelihood_validation`` (nats an example) and, for class labels, ``accuracy_validation``.
+            ``log_likelihood_validation`` (nats per example) and, for class labels, ``accuracy_validation``.
         seconds: Wall time of the whole fit, all sessions of a resumed one together.
     """
 

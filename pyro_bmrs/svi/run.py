@@ -1,7 +1,6 @@
 """A fit under way: its plan of epochs, the loop over them, and the state that a checkpoint keeps."""
 
 import copy
-import json
 import math
 import time
 import warnings
@@ -12,22 +11,18 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.checks import check_integer
-from pyro_bmrs.modes import evaluating
-from pyro_bmrs.structures.copying import copied, undisturbed
-from pyro_bmrs.structures.equality import difference
-from pyro_bmrs.structures.inputs import output_tensors, to_input
+from pyro_bmrs.structures.copying import copied
 from pyro_bmrs.svi.callbacks import Callback
 from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
 from pyro_bmrs.svi.history import History
+from pyro_bmrs.svi.probe import check_probe, probe
+from pyro_bmrs.svi.problem import check_settings
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.run_folder import RunFolder
 from pyro_bmrs.svi.schedule import MOST_EPOCHS, Continuous, PostTraining
 from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["Planned", "Run", "make_plan"]
-
-_PROBED = 2  # rows of the training data
-_PROBE_TOLERANCE = 1e-3  # of the outputs' spread: rounding of another device, and no other activation
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Run:
         path = self.folder.checkpoint
         state = read_checkpoint(path)
         try:
-            self._check_settings(part(state, "fit").info["settings"])
+            check_settings(part(state, "fit").info["settings"], self.settings)
             self._on_copies()._restore(state, plan)
         except (ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
             reason = f"it has lost {error}" if isinstance(error, KeyError) else str(error)
@@ -182,22 +177,6 @@ class Run:
         else:
             self._saved_at = len(self.history.entries)
 
-    def _check_settings(self, then: dict[str, Any]) -> None:
-        """Raise ``ValueError`` naming the settings that are not those of the checkpoint."""
-        now = json.loads(json.dumps(self.settings))
-        changed = []
-        for name, value in now.items():
-            before = then.get(name)
-            if name == "network" and isinstance(before, dict):
-                changed += [f"the network's module {m!r} is another" for m in value if before.get(m) != value[m]][:3]
-                changed += [f"the network has no module {m!r}" for m in before if m not in value][:3]
-            elif name in ("train", "validation", "criterion", "likelihood", "priors") and before != value:
-                changed.append(f"{name} is another")
-            elif before != value:
-                changed.append(f"{name} was {before}, is {value}")
-        if changed:
-            raise ValueError(f"it is of a fit with other settings: {'; '.join(changed)}")
-
     def _on_copies(self) -> "Run":
         """Return this fit on copies of model and guide, at its start."""
         trainer, pruner = self.trainer, self.pruner
@@ -224,32 +203,14 @@ class Run:
             module.load_state_dict(tensors)
         for each, name in ((self.pruner, "pruner"), (self.history, "history"), (self.trainer, "trainer")):
             each.restore(part(state, name))
-        self._check_probe(part(state, "probe").tensors)
+        check_probe(self._probe(), part(state, "probe").tensors)
         self.position, self._seconds_before = position, float(of_fit.info["seconds"])
         if not (math.isfinite(self._seconds_before) and len(self.history.entries) <= position):
             raise ValueError("its history is none of this fit")
         self._saved_at = len(self.history.entries)
 
-    @torch.no_grad()
     def _probe(self) -> dict[str, Tensor]:
-        """Return the network's outputs for the first training rows, and how likely it finds their observations."""
-        x, y = (each[:_PROBED].to(self.guide.device) for each in self.trainer.data)
-        with undisturbed(self.model.net), evaluating(self.model):
-            torch.manual_seed(0)  # for networks that draw random numbers even in eval mode
-            output = self.model.run(to_input(x, self.model.net), self.guide.mean())
-            log_prob = self.model.likelihood(output).log_prob(y)
-        outputs = {f"output.{i}": each.contiguous() for i, each in enumerate(output_tensors(output))}
-        return {**outputs, "log_prob": log_prob}
-
-    def _check_probe(self, then: dict[str, Tensor]) -> None:
-        now = self._probe()
-        then = {name: tensor.to(self.guide.device) for name, tensor in then.items()}
-        outputs = [name for name in now if name != "log_prob"]
-        same_names = now.keys() == then.keys()
-        if not (same_names and difference([now[n] for n in outputs], [then[n] for n in outputs]) <= _PROBE_TOLERANCE):
-            raise ValueError("the network computes something else than the one that it was written for")
-        if not difference(now["log_prob"], then["log_prob"]) <= _PROBE_TOLERANCE:
-            raise ValueError("the likelihood is another than the one that it was written for")
+        return probe(self.model, self.guide, self.trainer.data)
 
     def _last_good(self) -> str:
         if not self._saved_at or self.folder is None:

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_bmrs.checks import check_integer, described
+from pyro_bmrs.checks import check_list, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
@@ -17,15 +17,16 @@ from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.callbacks import Callback
 from pyro_bmrs.svi.data import check_data, check_observations
 from pyro_bmrs.svi.elbo import check_lean
+from pyro_bmrs.svi.faults import check_finite
 from pyro_bmrs.svi.result import FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining
 
 __all__ = [
     "Pair",
+    "check_callbacks",
     "check_choices",
     "check_data_sets",
     "check_model_and_guide",
-    "check_numbers",
     "check_trained",
     "counting_examples",
 ]
@@ -34,13 +35,14 @@ Pair = tuple[Tensor, Tensor]
 
 
 def check_model_and_guide(model: NoisyNetwork, guide: FlatGuide) -> None:
-    """Raise unless model and guide belong together and are programs that a fit can run."""
+    """Raise unless model and guide belong together, are programs that a fit can run, and have finite parameters."""
     check_pair(model, guide)
     check_lean(model, guide)
     guide.check_priors()
+    check_finite(model, guide)
 
 
-def check_choices(criterion: Any, pruning: Any, callbacks: Any = ()) -> None:
+def check_choices(criterion: Any, pruning: Any) -> None:
     """Raise ``TypeError`` unless these are what their names say."""
     if not (criterion is None or isinstance(criterion, Criterion)):
         raise TypeError(
@@ -48,13 +50,15 @@ def check_choices(criterion: Any, pruning: Any, callbacks: Any = ()) -> None:
         )
     if not isinstance(pruning, Continuous | PostTraining):
         raise TypeError(f"pruning must be Continuous() or PostTraining(), but got {described(pruning)}")
-    if not (isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)):
-        wrong = (
-            next((each for each in callbacks if not isinstance(each, Callback)), None)
-            if isinstance(callbacks, Sequence)
-            else callbacks
-        )
-        raise TypeError(f"callbacks must be a sequence of Callback, but got {described(wrong)}")
+
+
+def check_callbacks(callbacks: Any) -> list[Callback]:
+    """Return callbacks as a list, or raise ``TypeError`` if one is none."""
+    checked = check_list("callbacks", callbacks, "Callback")
+    for each in checked:
+        if not isinstance(each, Callback):
+            raise TypeError(f"callbacks must be a sequence of Callback, but got {described(each)}")
+    return checked
 
 
 def check_trained(model: NoisyNetwork, guide: FlatGuide, fine_tune_epochs: int) -> None:
@@ -69,23 +73,16 @@ def check_trained(model: NoisyNetwork, guide: FlatGuide, fine_tune_epochs: int) 
         raise ValueError("parameters of the guide are frozen (requires_grad=False): a fit trains them all")
 
 
-def check_numbers(seed: Any, **positive: Any) -> None:
-    """Raise unless ``seed`` is None or a seed of torch's generators, and the other arguments are positive integers."""
-    if seed is not None:
-        check_integer("seed", seed, low=0, high=2**63 - 1)
-    for name, value in positive.items():
-        check_integer(name, value, low=1)
-
-
-def check_data_sets(model: NoisyNetwork, train: Any, validation: Any) -> tuple[Pair, Pair | None]:
-    """Return training and validation data as tensors that model and likelihood take."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+def check_data_sets(models: Sequence[NoisyNetwork], train: Any, validation: Any) -> tuple[Pair, Pair | None]:
+    """Return training and validation data as tensors that each of ``models``, all alike, and its likelihood take."""
+    dtype = next((p.dtype for p in models[0].parameters() if p.is_floating_point()), torch.get_default_dtype())
     data = check_data(train, "train", dtype)
     held_out = None if validation is None else check_data(validation, "validation", dtype)
     with pyro.validation_enabled(False):  # numbers that are not finite are for the fit to name
-        check_observations(model, *data, "train")
-        if held_out is not None:
-            check_observations(model, *held_out, "validation")
+        for model in models:
+            check_observations(model, *data, "train")
+            if held_out is not None:
+                check_observations(model, *held_out, "validation")
     return data, held_out
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 import threading
 import warnings
 
@@ -81,6 +82,24 @@ def test_an_interruption_inside_a_step_poisons_nothing():
     assert around(model, guide) == before
     fresh, posterior = small_classifier()
     assert math.isfinite(bmrs.fit(fresh, posterior, (x, y), **QUICK).history[-1]["loss"])
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs the system's timer")
+@pytest.mark.parametrize("seconds", [0.005, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3])
+def test_an_interruption_at_any_moment_leaves_everything_as_it_was(seconds):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, guide = small_classifier()
+    before, handler = around(model, guide), signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bmrs.fit(model, guide, blobs(), **{**QUICK, "epochs": 10**6})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert around(model, guide) == before
 
 
 REFUSED = {
@@ -264,3 +283,14 @@ def test_noise_that_is_never_used_is_refused():
     model = bmrs.NoisyNetwork(Unused())
     with pytest.raises(ValueError, match=r"noise layer of 'spare.theta' does not run in a forward pass"):
         bmrs.fit(model, bmrs.TruncatedLogNormalGuide(model), blobs(), **QUICK)
+
+
+def test_weights_that_are_not_finite_are_refused_before_training():
+    model, guide = small_classifier()
+    model.net[0].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"a fit cannot begin: weight '0.weight' is not finite"):
+        bmrs.fit(model, guide, blobs(), **QUICK)
+    model, guide = small_classifier()
+    guide.loc.data[3] = math.inf
+    with pytest.raises(ValueError, match=r"a fit cannot begin: posterior loc of site '2.theta'"):
+        bmrs.fit(model, guide, blobs(), **QUICK)
