@@ -160,3 +160,5 @@ def one_dies(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](sys.argv[2])
+    if torch.distributed.is_initialized():  # gloo's threads may abort a process that ends without this
+        torch.distributed.destroy_process_group()

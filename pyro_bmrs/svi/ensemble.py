@@ -221,9 +221,12 @@ def _make_all(make: Make, seeds: Sequence[int], fine_tune_epochs: int) -> list[t
         if not (isinstance(made, tuple | list) and len(made) == 2):
             raise TypeError(f"make must return a model and its guide, but returned {described(made)}")
         model, guide = made
-        check_model_and_guide(model, guide)
-        check_trained(model, guide, fine_tune_epochs)
-        check_dtypes(model, guide, "32-true")
+        try:
+            check_model_and_guide(model, guide)
+            check_trained(model, guide, fine_tune_epochs)
+            check_dtypes(model, guide, "32-true")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the replica of seed {seed}: {error}") from None
         for parameter in (*model.parameters(), *guide.parameters()):
             if known.setdefault(id(parameter), seed) != seed:
                 raise ValueError(

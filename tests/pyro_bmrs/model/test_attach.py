@@ -476,6 +476,7 @@ fabric.launch()
 save_file(fitted(fabric), f"rank{fabric.global_rank}.safetensors")
 if fabric.global_rank == 0:
     save_file(fitted(), "alone.safetensors")
+torch.distributed.destroy_process_group()
 """
 
 
