@@ -1,1 +1,5 @@
 """What people run, from a checkout: python -m analysis.quickstart."""
+
+from analysis.extras import require
+
+require("demo", "tyro", "sklearn")

@@ -7,17 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky.process_executor import TerminatedWorkerError
-
 from analysis.config import RunConfig
 from analysis.execution import Execution
 from analysis.experiment import execute
+from analysis.extras import require
 
-__all__ = ["Outcome", "attempt", "connect", "count_workers", "on_dask", "on_this_machine"]
+require("study", "joblib")
+
+from joblib import Parallel, cpu_count, delayed, parallel_config  # noqa: E402
+from joblib.externals.loky.process_executor import TerminatedWorkerError  # noqa: E402
+
+__all__ = ["Outcome", "attempt", "connect", "count_cores", "count_workers", "on_dask", "on_this_machine"]
 
 _MAX_DEATHS = 3  # of workers in a row without a run in between that ends
 _ALONE = threading.Lock()  # a run seeds generators and sets switches that belong to its whole process
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return int(cpu_count())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import joblib
 import tyro
 
 from analysis.config import METHODS, PEERS, DatasetName, NetworkName, RecipeName, RunConfig
@@ -20,7 +19,7 @@ from analysis.hub import image_set, locate
 from analysis.peer_runs import peers_beside
 from analysis.progress import Progress
 from analysis.recipes import make_config
-from analysis.scheduling import connect, count_workers, on_dask, on_this_machine
+from analysis.scheduling import connect, count_cores, count_workers, on_dask, on_this_machine
 from analysis.store import Store
 from analysis.tables import write_tables
 
@@ -205,7 +204,7 @@ def _run(
         work=study.work.resolve(),
         data_dir=None if study.data_dir is None else study.data_dir.expanduser().resolve(),
         device=study.device,
-        threads=study.threads or (max(joblib.cpu_count() // study.jobs, 1) if local else 1),
+        threads=study.threads or (max(count_cores() // study.jobs, 1) if local else 1),
         compile=study.compile,
         checkpoint_every=study.checkpoint_every,
     )

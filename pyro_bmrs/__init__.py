@@ -4,6 +4,8 @@ Noise on a structure is a Pyro sample site; a reduced prior is another distribut
 reduction compares the two in closed form from the guide's parameters; what the evidence does not support is removed.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pyro_bmrs.bmr import (
     DivergentIntegralError,
     Reduction,
@@ -37,7 +39,6 @@ from pyro_bmrs.criteria import (
 from pyro_bmrs.criteria.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inspection.diagnostics import evidence_changes, to_arviz
-from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 from pyro_bmrs.io.files import prepare_run_folder
 from pyro_bmrs.io.networks import load, save
 from pyro_bmrs.model.attach import AttachedNoise, attach_noise
@@ -66,6 +67,9 @@ from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
 from pyro_bmrs.svi.fit import fit
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining
+
+if TYPE_CHECKING:
+    from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 
 __version__ = "0.1.0"
 
@@ -147,3 +151,12 @@ __all__ = [
     "spike",
     "to_arviz",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the plots, and Matplotlib with them, once they are asked for."""
+    if name.startswith("plot_") and name in __all__:
+        from pyro_bmrs.inspection import plots  # noqa: PLC0415  (Matplotlib)
+
+        return getattr(plots, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

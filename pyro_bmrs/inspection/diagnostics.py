@@ -43,6 +43,7 @@ def to_arviz(guide: FlatGuide, draws: int = 1000, seed: int = 0) -> Any:
     has independent draws and no chains, so read it with ``arviz.summary(..., kind="stats")``. ``constant_data`` holds
     ``<site>.kept``, 1 for what remains; removed structures keep the posterior for which they were removed, unless they
     have been cut out by shrinking. Coordinates are the structures' numbers in the original network.
+    ArviZ's ``to_netcdf`` needs the extra ``netcdf``.
 
     Args:
         guide: The fitted guide.

@@ -9,8 +9,6 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 __all__ = ["FIXED", "Classes", "Labels", "squeeze", "support"]
@@ -105,6 +103,9 @@ class Labels:
 
     def resolve(self) -> Classes:
         """Return the classes of all labels."""
+        from scipy.sparse import coo_matrix  # noqa: PLC0415  (not for those who never look for structures)
+        from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
         pairs = torch.cat(self._pairs, dim=1).numpy() if self._pairs else np.zeros((2, 0), dtype=np.int64)
         graph = coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1])), (self.count, self.count))
         count, of = connected_components(graph, directed=False)

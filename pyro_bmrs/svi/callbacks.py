@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fabric import Fabric
 from tqdm.auto import tqdm
 
 from pyro_bmrs.io.files import AtomicFile
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from pyro_bmrs.svi.result import FitResult
 
 __all__ = ["Callback", "Callbacks", "EnergyTracker", "FabricLoggers", "JSONLines", "ProgressBar"]
@@ -153,7 +154,7 @@ class FabricLoggers(Callback):
         fabric: The Fabric, made with ``loggers=[...]``.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: "Fabric") -> None:
         self.fabric = fabric
 
     def on_epoch_end(self, record: Record) -> None:

@@ -4,10 +4,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 
 from pyro_bmrs.checks import check_flag, check_integer, check_seed, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
@@ -40,6 +39,9 @@ from pyro_bmrs.svi.settings import (
 )
 from pyro_bmrs.svi.training import Trainer
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 __all__ = ["fit"]
 
 DEFAULT_CRITERION = BMRS_N(prior_log_odds=math.log(3))
@@ -69,7 +71,7 @@ def fit(
     granularity: Granularity = "example",
     device: str | torch.device = "auto",
     precision: str = "32-true",
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     compile: bool = False,  # noqa: A002  (torch's name for it)
     structures: StructureSet | None = None,
     unremovable: Unremovable = "refuse",
@@ -227,7 +229,7 @@ def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, prun
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
 
 
-def _clamped(batch_size: int, examples: int, fabric: Fabric) -> int:
+def _clamped(batch_size: int, examples: int, fabric: "Fabric") -> int:
     """Return the size of a batch of all processes, of which each needs an example."""
     if min(batch_size, examples) < fabric.world_size:
         raise ValueError(
@@ -238,7 +240,7 @@ def _clamped(batch_size: int, examples: int, fabric: Fabric) -> int:
 
 
 def _listeners(
-    fabric: Fabric, callbacks: Sequence[Callback], folder: RunFolder | None, progress: bool
+    fabric: "Fabric", callbacks: Sequence[Callback], folder: RunFolder | None, progress: bool
 ) -> list[Callback]:
     """Return all that listens to the fit, in the first process."""
     if not fabric.is_global_zero:
@@ -247,7 +249,9 @@ def _listeners(
     return [FabricLoggers(fabric), *callbacks, *own, *([ProgressBar()] if progress else [])]
 
 
-def _check_fabric(fabric: Any) -> Fabric:
+def _check_fabric(fabric: Any) -> "Fabric":
+    from lightning_fabric import Fabric  # noqa: PLC0415  (takes half as long to import as torch)
+
     if not isinstance(fabric, Fabric):
         raise TypeError(f"fabric must be a lightning_fabric.Fabric, but got {described(fabric)}")
     check_precision(fabric.strategy.precision.precision)

@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from lightning_fabric import Fabric
 
 from pyro_bmrs.checks import described
 from pyro_bmrs.io.files import PathLike
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["RunFolder"]
 
@@ -33,7 +36,7 @@ class RunFolder:
         FileExistsError: If there is a checkpoint that may not be gone on from.
     """
 
-    def __init__(self, path: PathLike, fabric: Fabric, resume: bool) -> None:
+    def __init__(self, path: PathLike, fabric: "Fabric", resume: bool) -> None:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"folder must be a path, but got {described(path)}")
         self.path, self.fabric, self.resume = Path(path), fabric, resume

@@ -3,14 +3,15 @@
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pyro_bmrs.svi.captured import CapturedStep
-from pyro_bmrs.svi.compiled import CompiledStep
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["NonFiniteLossError", "Step", "make_step"]
 
@@ -26,7 +27,7 @@ class NonFiniteLossError(FloatingPointError):
         self.loss = loss
 
 
-def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric, compiled: bool) -> Step:
+def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: "Fabric", compiled: bool) -> Step:
     """Return how to run a step of ``optimizer`` on ``objective``, compiled if asked for and possible."""
     needs_fabric = fabric.world_size > 1 or "mixed" in fabric.strategy.precision.precision
     if compiled and needs_fabric:
@@ -46,6 +47,8 @@ def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fa
 def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
     if device.type == "cuda":
         return CapturedStep(objective, optimizer)
+    from pyro_bmrs.svi.compiled import CompiledStep  # noqa: PLC0415  (torch's compilers)
+
     compiled = CompiledStep(objective)
 
     def step(x: Tensor, y: Tensor, kl_weight: float, share: float) -> Tensor:

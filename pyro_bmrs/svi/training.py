@@ -1,10 +1,9 @@
 """Epochs: of SVI with noise, and of the weights alone with every noise at its posterior mean."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
 from pyro_bmrs.model.guides.flat import FlatGuide
@@ -17,6 +16,9 @@ from pyro_bmrs.svi.faults import check_parameters, loss_error
 from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.svi.schedule import Rates
 from pyro_bmrs.svi.steps import NonFiniteLossError, Step, make_step
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["Trainer"]
 
@@ -41,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        fabric: Fabric,
+        fabric: "Fabric",
         model: NoisyNetwork,
         guide: FlatGuide,
         elbo: MeanFieldELBO,

@@ -237,7 +237,7 @@ def test_bad_numbers_name_seed_and_step():
                 model.net[3].bias[0] = math.inf
         return model, guide
 
-    with pytest.raises(ValueError, match="seed 7: a fit cannot begin: weight '3.bias' is not finite"):
+    with pytest.raises(ValueError, match=r"seed 7: a fit cannot begin: weight '3\.bias' is not finite"):
         bmrs.fit_ensemble(made, problem(), seeds=SEEDS, **QUICK)
     with pytest.raises(
         FloatingPointError, match=r"seed 3 failed: the loss became (nan|inf) at step \d+: the (input|likelihood)"
