@@ -66,7 +66,7 @@ from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
 from pyro_bmrs.svi.fit import fit
 from pyro_bmrs.svi.result import FitResult, FitWarning
-from pyro_bmrs.svi.schedule import Continuous, PostTraining
+from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
 
 if TYPE_CHECKING:
     from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
@@ -109,6 +109,7 @@ __all__ = [
     "SearchResult",
     "Structure",
     "StructureSet",
+    "ToSize",
     "TruncatedLogNormal",
     "TruncatedLogNormalGuide",
     "UnreliableEvidenceWarning",

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_bmrs.checks import described
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["Criterion", "PruningContext", "Scores", "checked_scores"]
@@ -29,14 +30,14 @@ class PruningContext:
         model: The model, whose masks say what has been removed already.
         guide: Its guide.
         structures: What ``find_structures`` has said of the network, or the noise was attached to.
-        x: A batch of training inputs, of shape ``(batch, ...)``.
+        x: A batch of training inputs, of shape ``(batch, ...)``, or a tuple or dictionary of such.
         y: Their observations.
     """
 
     model: NoisyNetwork
     guide: FlatGuide
     structures: StructureSet
-    x: Tensor
+    x: Inputs
     y: Tensor
 
 

@@ -16,6 +16,8 @@ __all__ = [
     "call",
     "call_example",
     "concatenated",
+    "first_examples",
+    "on_device",
     "output_tensors",
     "random_like",
     "refusing",
@@ -73,6 +75,19 @@ def batches(inputs: Inputs, size: int) -> Iterator[Inputs]:
             ),
             inputs,
         )
+
+
+def first_examples(inputs: Inputs, count: int) -> Inputs:
+    """Return the first ``count`` examples of a network's inputs."""
+    return next(batches(inputs, count))
+
+
+def on_device(inputs: Inputs, device: torch.device, net: nn.Module) -> Inputs:
+    """Return inputs on a device, as the network takes them."""
+    moved: Inputs = tree_map(
+        lambda each: to_input(each.to(device, non_blocking=True), net) if isinstance(each, Tensor) else each, inputs
+    )
+    return moved
 
 
 def to_input(x: Any, net: nn.Module | None = None) -> Any:

@@ -1,15 +1,13 @@
 """What a fit that has little to show for it says at its end: one warning, with figures and what to turn."""
 
+import math
+import statistics
 import warnings
 
 import torch
-from pyro.distributions import Categorical
-from torch import Tensor
 
 from pyro_bmrs.criteria import RankingCriterion
-from pyro_bmrs.model.guides.flat import FlatGuide
-from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.model.prediction import predict
+from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.result import FitWarning
@@ -19,6 +17,9 @@ __all__ = ["Advice"]
 
 _HARDLY_MOVED = 0.1  # median change of the posterior's parameters, in nats and in units of log theta
 _NEARLY_ALL = 0.02  # fraction of structures left
+_NEEDED_TRAVEL = 40.0  # nats: there and back
+_LOST_RECALL = 0.1
+_BEST_EPOCHS = 5  # whose median recall is what a class could be recognised with
 _ROWS = 10_000  # of the training data, to measure accuracy on where there is no validation data
 
 
@@ -29,21 +30,17 @@ class Advice:
         history: Its history, before the first epoch.
         pruner: Removes its structures.
         rates: Its learning rates.
-        steps_per_epoch: Its number of steps per epoch.
-        data: Training inputs and observations.
+        data: What it trains on.
     """
 
-    def __init__(
-        self, history: History, pruner: Pruner, rates: Rates, steps_per_epoch: int, data: tuple[Tensor, Tensor]
-    ) -> None:
-        self.history, self.pruner, self.rates = history, pruner, rates
-        self.steps_per_epoch, self.data = steps_per_epoch, data
+    def __init__(self, history: History, pruner: Pruner, rates: Rates, data: Source) -> None:
+        self.history, self.pruner, self.rates, self.data = history, pruner, rates, data
         self.model, self.guide = history.model, history.guide
         self._before = {name: p.detach().clone() for name, p in self.guide.named_parameters()}
 
     def text(self) -> str:
         """Return what went nowhere and what to do about it, or an empty string."""
-        found = [*self._pruning(), *self._accuracy(), *self._movement()]
+        found = [*self._pruning(), *self._accuracy(), *self._movement(), *self._steps()]
         reasons = "; ".join(reason for reason, _ in found)
         turns = "; ".join(dict.fromkeys(turn for _, turn in found))
         return f"{reasons}. {turns}" if found else ""
@@ -73,27 +70,45 @@ class Advice:
         return [(f"none of {total} structures was removed{closest}", self._more())]
 
     def _accuracy(self) -> list[tuple[str, str]]:
-        x, y = self.data
         if not self.history.entries:
             return []
-        if self.history.validation is not None:
-            y = self.history.validation[1]
-            accuracy = self.history.entries[-1].get("accuracy_validation")
-        else:
-            x, y = x[:_ROWS], y[:_ROWS]
-            accuracy = _accuracy(self.model, self.guide, x, y)
-        if accuracy is None:
+        found = self.history.evaluation or self.history.evaluate(self.history.validation or self.data, _ROWS)
+        accuracy, majority = found.accuracy, found.majority
+        if accuracy is None or majority is None:
             return []
-        majority = float(y.long().bincount().max()) / len(y)
         if accuracy >= majority:
+            return self._recall()
+        reason = (
+            f"its accuracy of {100 * accuracy:.1f} % is below the {100 * majority:.1f} % of always naming the most "
+            "frequent class"
+        )
+        return [(reason, "Train for longer, raise lr, or lower kl_weight")]
+
+    def _recall(self) -> list[tuple[str, str]]:
+        """Return which classes have been given up for the others since pruning began."""
+        if self.history.evaluation is None or self.history.evaluation.labels is None:
             return []
-        return [
-            (
-                f"its accuracy of {100 * accuracy:.1f} % is below the {100 * majority:.1f} % of always naming the most "
-                "frequent class",
-                "Train for longer, raise lr, or lower kl_weight",
-            )
-        ]
+        recalls = [entry["recall_validation"] for entry in self.history.entries if "recall_validation" in entry]
+        counts = self.history.evaluation.labels.bincount(minlength=self.history.evaluation.classes).tolist()
+        lost = []
+        for label, count in enumerate(counts):
+            values = [recall[label] for recall in recalls if recall[label] is not None]
+            if not values:
+                continue
+            best, last = statistics.median_high(sorted(values)[-_BEST_EPOCHS:]), values[-1]
+            error = math.sqrt(max(best * (1 - best), last * (1 - last), 1 / count) / count)
+            if best - last > max(_LOST_RECALL, 2 * error):
+                lost.append(
+                    (
+                        best - last,
+                        f"class {label} is recognised in {100 * last:.0f} % of its {count} examples, "
+                        f"after {100 * best:.0f} % in earlier epochs",
+                    )
+                )
+        if not lost:
+            return []
+        reasons = "; ".join(reason for _, reason in sorted(lost, reverse=True)[:3])
+        return [(reasons, f"Lower kl_weight (now {self._kl_weight()})")]
 
     def _movement(self) -> list[tuple[str, str]]:
         if self.rates.noisy_epochs == 0:
@@ -109,10 +124,20 @@ class Advice:
         shown = ", ".join(f"{name} {change:.2g}" for name, change in changes.items())
         return [(f"the posterior has hardly moved from where it began (median change: {shown})", self._more())]
 
+    def _steps(self) -> list[tuple[str, str]]:
+        """Return whether the posterior could get to where structures are removed at all."""
+        steps = self.rates.noisy_epochs * self.data.steps
+        travel = self.rates.travel(self.data.steps)
+        if steps == 0 or travel >= _NEEDED_TRAVEL:
+            return []
+        reason = f"its posterior could travel {travel:.2g} nats at most, and removing a structure takes 10 to 20"
+        needed = math.ceil(steps * _NEEDED_TRAVEL / travel)
+        return [(reason, f"Train for at least {needed} steps with noise (now {steps}), or raise posterior_lr")]
+
     def _more(self) -> str:
         rates = self.rates
         return (
-            f"Train for more steps (now {rates.noisy_epochs * self.steps_per_epoch} with noise), raise "
+            f"Train for more steps (now {rates.noisy_epochs * self.data.steps} with noise), raise "
             f"posterior_lr (now {rates.posterior_lr:g}) or kl_weight (now {self._kl_weight()})"
         )
 
@@ -120,10 +145,3 @@ class Advice:
         model = self.model
         weights = sorted({model.kl_weight * each for each in model.kl_weights.values()})
         return f"{weights[0]:.3g}" if len(weights) == 1 else f"{weights[0]:.3g} to {weights[-1]:.3g}"
-
-
-def _accuracy(model: NoisyNetwork, guide: FlatGuide, x: Tensor, y: Tensor) -> float | None:
-    observed = model.likelihood(predict(model, guide, x))
-    if not isinstance(observed, Categorical):
-        return None
-    return float((observed.logits.argmax(-1) == y.to(observed.logits.device)).double().mean())

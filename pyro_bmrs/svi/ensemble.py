@@ -3,22 +3,25 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_bmrs.checks import check_flag, check_function, check_integer, check_list, check_seed, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.inputs import first_examples, on_device
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, ProgressBar
-from pyro_bmrs.svi.data import Data
+from pyro_bmrs.svi.data.in_memory import InMemory
+from pyro_bmrs.svi.data.making import Data
+from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.devices import check_dtypes, resolve_device
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING
@@ -67,9 +70,9 @@ def fit_ensemble(
     seeds: Sequence[int],
     criterion: Criterion | None = DEFAULT_CRITERION,
     pruning: Continuous = DEFAULT_PRUNING,
-    epochs: int = 30,
-    fine_tune_epochs: int = 10,
-    batch_size: int = 128,
+    epochs: int | None = None,
+    fine_tune_epochs: int | None = None,
+    batch_size: int | None = None,
     lr: float = 2e-3,
     posterior_lr: float | None = None,
     decay: bool = True,
@@ -128,8 +131,8 @@ def fit_ensemble(
     check_choices(criterion, pruning)
     _check_pruning(pruning)
     seeds = _checked_seeds(seeds)
-    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, decay=decay)
-    check_integer("batch_size", batch_size, low=1)
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, low=1)
     check_flag("progress", progress)
     check_function("make", make, "that returns a model and its guide")
     if callbacks is not None:
@@ -137,31 +140,35 @@ def fit_ensemble(
     elbo, target = MeanFieldELBO(granularity), resolve_device(device)
     started = time.perf_counter()
     with isolated([]), local_seed(seeds[0], [target]), ExitStack() as open_now:
-        pairs = _make_all(make, seeds, fine_tune_epochs)
+        pairs = _make_all(make, seeds)
         open_now.enter_context(isolated([each for pair in pairs for each in pair]))
-        data, held_out = check_data_sets([model for model, _ in pairs], train, validation)
+        source, held_out = check_data_sets([model for model, _ in pairs], train, validation, None, batch_size)
+        data = _tensors(source)
+        rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, source.steps, decay=decay)
+        for seed, pair in zip(seeds, pairs, strict=True):
+            with _of_seed(seed):
+                check_trained(*pair, rates.epochs - rates.noisy_epochs)
         listeners = [_listeners(seed, callbacks) for seed in seeds]
-        batch_size = min(batch_size, len(data[0]))
-        first = data[0][:batch_size], data[1][:batch_size]
         model, guide = pairs[0]
-        x, y = to_input(first[0].to(guide.device), model.net), first[1].to(guide.device)
-        structures = removable_structures(model.net, x[:2], None, unremovable)  # of replicas alike
+        x, y = on_device(source.first[0], guide.device, model.net), source.first[1].to(guide.device)
+        structures = removable_structures(model.net, first_examples(x, 2), None, unremovable)  # of replicas alike
         Pruner(model, guide, criterion, (x, y), structures).check_criterion()
         for model, guide in pairs:
-            open_now.enter_context(counting_examples(model, len(data[0])))
+            open_now.enter_context(counting_examples(model, source.size))
             model.to(target)
             guide.to(target)
         _check_settings(pairs)
-        first = to_input(first[0].to(target), pairs[0][0].net), first[1].to(target)
-        held_out = None if held_out is None else (held_out[0].to(target), held_out[1].to(target))
+        first = on_device(source.first[0], target, pairs[0][0].net), source.first[1].to(target)
+        for each in (source, *([] if held_out is None else [held_out])):
+            each.place(target)
         models, guides = zip(*pairs, strict=True)
-        trainer = ReplicaTrainer(models, guides, seeds, elbo, data, batch_size, rates)
+        trainer = ReplicaTrainer(models, guides, seeds, elbo, data, source.batch_size, rates)
         fits = []
         for (model, guide), own in zip(pairs, listeners, strict=True):
             listener = open_now.enter_context(closing(Callbacks(own)))
             pruner = Pruner(model, guide, criterion, first, structures)
             history = History(model, guide, pruner, held_out)
-            advice = Advice(history, pruner, rates, trainer.steps_per_epoch, data)
+            advice = Advice(history, pruner, rates, source)
             fits.append(_Fit(pruner, history, listener, advice))
             model.fitted = True
         bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
@@ -208,7 +215,26 @@ def _check_pruning(pruning: Any) -> None:
         )
 
 
-def _make_all(make: Make, seeds: Sequence[int], fine_tune_epochs: int) -> list[tuple[NoisyNetwork, FlatGuide]]:
+def _tensors(source: Source) -> tuple[Tensor, Tensor]:
+    """Return inputs and observations of data that replicas can share a step on."""
+    if not (isinstance(source, InMemory) and isinstance(source.x, Tensor)):
+        raise TypeError(
+            "train of an ensemble must be a pair of tensors, one of inputs and one of observations: fit the replicas "
+            "one by one, or load the data first"
+        )
+    return source.x, source.y
+
+
+@contextmanager
+def _of_seed(seed: int) -> Iterator[None]:
+    """Have errors name the seed of the replica that they are of."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the replica of seed {seed}: {error}") from None
+
+
+def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, FlatGuide]]:
     """Return a model and a guide for each seed, no two of which share anything that is trained."""
     pairs: list[tuple[NoisyNetwork, FlatGuide]] = []
     known: dict[int, int] = {}
@@ -221,12 +247,9 @@ def _make_all(make: Make, seeds: Sequence[int], fine_tune_epochs: int) -> list[t
         if not (isinstance(made, tuple | list) and len(made) == 2):
             raise TypeError(f"make must return a model and its guide, but returned {described(made)}")
         model, guide = made
-        try:
+        with _of_seed(seed):
             check_model_and_guide(model, guide)
-            check_trained(model, guide, fine_tune_epochs)
             check_dtypes(model, guide, "32-true")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"the replica of seed {seed}: {error}") from None
         for parameter in (*model.parameters(), *guide.parameters()):
             if known.setdefault(id(parameter), seed) != seed:
                 raise ValueError(
@@ -282,7 +305,7 @@ def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar
         for each, loss in zip(fits, losses, strict=True):
             if noisy and pruning.is_due(epoch, trainer.rates.kl_warmup_epochs):
                 each.listener.on_pruning(epoch, each.pruner.remove_supported())
-            records.append(each.history.record("noisy" if noisy else "fine-tune", loss))
+            records.append(each.history.record("noisy" if noisy else "fine-tune", loss, each.history.model.kl_weight))
             if epoch == noisy_epochs:
                 each.pruner.restore_removed()
             each.listener.on_epoch_end(records[-1])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.inputs import Inputs
 
 __all__ = ["check_finite", "check_parameters", "loss_error"]
 
@@ -23,7 +24,7 @@ def check_parameters(model: NoisyNetwork, guide: FlatGuide, step: int) -> None:
         raise FloatingPointError(f"a parameter stopped being finite by step {step}: {_list(culprits)}")
 
 
-def loss_error(model: NoisyNetwork, guide: FlatGuide, x: Tensor, step: int, loss: float) -> FloatingPointError:
+def loss_error(model: NoisyNetwork, guide: FlatGuide, x: Inputs, step: int, loss: float) -> FloatingPointError:
     """Return the error to raise where the loss of ``step`` is not finite.
 
     Args:
@@ -49,7 +50,7 @@ def _non_finite_tensors(model: NoisyNetwork, guide: FlatGuide) -> list[str]:
 
 
 @torch.no_grad()
-def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Tensor) -> str:
+def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Inputs) -> str:
     """Return the noise site at whose input the network's activations first overflow."""
     found: list[str] = []
     with ExitStack() as hooks:

@@ -7,19 +7,22 @@ from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from pyro_bmrs.checks import check_flag, check_integer, check_seed, described
+from pyro_bmrs.checks import check_flag, check_function, check_integer, check_seed, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.inputs import first_examples, on_device
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
-from pyro_bmrs.svi.data import Data
-from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric, place
+from pyro_bmrs.svi.data.making import Data
+from pyro_bmrs.svi.data.source import Batch, Source
+from pyro_bmrs.svi.data.unpacking import Unpack
+from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.isolation import isolated, local_seed
 from pyro_bmrs.svi.problem import problem_fingerprints
@@ -27,9 +30,8 @@ from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.run import Run, make_plan
 from pyro_bmrs.svi.run_folder import RunFolder
-from pyro_bmrs.svi.schedule import Continuous, PostTraining, Rates
+from pyro_bmrs.svi.schedule import Continuous, Pruning, Rates, ToSize
 from pyro_bmrs.svi.settings import (
-    Pair,
     check_callbacks,
     check_choices,
     check_data_sets,
@@ -60,10 +62,11 @@ def fit(
     validation: Data | None = None,
     *,
     criterion: Criterion | None = DEFAULT_CRITERION,
-    pruning: Continuous | PostTraining = DEFAULT_PRUNING,
-    epochs: int = 30,
-    fine_tune_epochs: int = 10,
-    batch_size: int = 128,
+    pruning: Pruning = DEFAULT_PRUNING,
+    unpack: Unpack | None = None,
+    epochs: int | None = None,
+    fine_tune_epochs: int | None = None,
+    batch_size: int | None = None,
     lr: float = 2e-3,
     posterior_lr: float | None = None,
     kl_warmup_epochs: int | None = None,
@@ -92,19 +95,25 @@ def fit(
         model: The model. Fitted in place, and left in eval mode. Its ``num_data`` stands for the size of ``train``
             while it is None; any other number is used as it is.
         guide: Its guide. Fitted in place.
-        train: Inputs ``(n, ...)`` and observations ``(n, ...)``, as a pair of tensors or NumPy arrays, or a
-            ``TensorDataset``. Inputs of dtype uint8 are kept as they are until used, and then divided by 255.
+        train: Inputs and observations of shape ``(n, ...)``, as a pair of tensors or NumPy arrays, where inputs may be
+            a tuple or a mapping of them; or a mapping with ``"labels"``; a ``Dataset``; a ``DataLoader``; or any
+            iterable of batches that has a length and gives them anew each time. All but the first two are loaded as
+            they are used. Inputs of dtype uint8 are divided by 255 when used.
         validation: The same, to report on after every epoch; never used to decide anything.
         criterion: What to remove; None removes nothing.
-        pruning: When to remove: ``Continuous()`` or ``PostTraining()``.
-        epochs: Epochs with noise.
-        fine_tune_epochs: Epochs without (of post-training pruning: after the last level).
-        batch_size: At most this many examples per step, over all processes; all of them if there are fewer.
+        pruning: When to remove: ``Continuous()``, ``PostTraining()`` or, to reach a size, ``ToSize(fraction)``.
+        unpack: From a batch to inputs and observations, where it is neither a pair nor a mapping with ``"labels"``.
+        epochs: Epochs with noise; by default what 4,000 steps take, at least 3.
+        fine_tune_epochs: Epochs without (of post-training pruning: after the last level); by default a third of
+            ``epochs``.
+        batch_size: At most this many examples per step, over all processes; by default a sixteenth of them, but 16 to
+            128. A ``DataLoader`` and an iterable of batches have sizes of their own.
         lr: Initial learning rate of the weights.
         posterior_lr: Initial learning rate of the posterior's parameters, in units of :math:`\log\theta`;
-            by default 50 times ``lr``: locations have to travel, weights do not.
+            by default 50 times ``lr``: locations have to travel, weights do not. More where there are so few steps
+            that they could not travel 100 nats, up to 0.5.
         kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``; by default a
-            quarter of ``epochs``. Without, a posterior that moves faster than the weights collapses onto its prior
+            quarter of ``epochs``, none with ``ToSize``. Without, a posterior that moves faster than the weights collapses onto its prior
             before they have learned anything.
         decay: Whether learning rates decay along the cosine; otherwise they stay as they are.
         granularity: How often noise is drawn, see ``MeanFieldELBO``.
@@ -127,7 +136,9 @@ def fit(
         checkpoint_every: Epochs between checkpoints; there is always one at the end.
         resume: Whether to go on from the checkpoint in ``folder``, if there is one, to the same result, to the bit on
             a CPU, as a fit without interruption. One that is finished is only read. The checkpoint must be of a fit
-            with these arguments, data, network, likelihood and criterion.
+            with these arguments, data, network, likelihood and criterion. A ``DataLoader``'s order and augmentation
+            are brought back too, and the state of a loader that has ``state_dict``; what cannot be is said at the
+            start.
 
     Returns:
         Masks, last scores and the history.
@@ -151,10 +162,6 @@ def fit(
     """
     check_model_and_guide(model, guide)
     check_choices(criterion, pruning)
-    plan = make_plan(epochs, pruning, fine_tune_epochs)
-    levels = sum(planned.phase == "post-training" for planned in plan)
-    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, levels, decay)
-    check_trained(model, guide, levels + fine_tune_epochs)
     _check_numbers(batch_size, checkpoint_every, seed)
     _check_switches(compile, progress, resume, folder, pruning)
     elbo = MeanFieldELBO(granularity)
@@ -162,15 +169,23 @@ def fit(
     check_dtypes(model, guide, fabric.strategy.precision.precision)
     if structures is not None:
         check_structures(model.net, structures)
-    data, held_out = check_data_sets([model], train, validation)
-    batch_size = _clamped(batch_size, len(data[0]), fabric)
+    if unpack is not None:
+        check_function("unpack", unpack, "from a batch to inputs and observations")
+    data, held_out = check_data_sets([model], train, validation, unpack, batch_size)
+    _check_streams(data, fabric, compile, resume)
+    levels = len(make_plan(0, pruning, 0))
+    if isinstance(pruning, ToSize) and kl_warmup_epochs is None:
+        kl_warmup_epochs = 0
+    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, data.steps, levels, decay)
+    plan = make_plan(rates.noisy_epochs, pruning, rates.epochs - rates.noisy_epochs - levels)
+    check_trained(model, guide, rates.epochs - rates.noisy_epochs)
     run_folder = None if folder is None else RunFolder(folder, fabric, resume)
     listeners = _listeners(fabric, check_callbacks(callbacks), run_folder, progress)
-    with isolated([model, guide]), counting_examples(model, len(data[0])):
+    with isolated([model, guide]), counting_examples(model, data.size):
         settings: dict[str, Any] = {
             "pruning": repr(pruning),
             "rates": repr(rates),
-            "batch_size": batch_size,
+            "batch_size": data.batch_size,
             "granularity": granularity,
             "processes": fabric.world_size,
             "precision": fabric.strategy.precision.precision,
@@ -178,9 +193,8 @@ def fit(
         }
         if run_folder is not None:
             settings |= problem_fingerprints(model, guide, criterion, data, held_out)
-        first = data[0][:batch_size], data[1][:batch_size]
-        x, y = _on(first, model, guide.device)
-        known = removable_structures(model.net, x[:2], structures, unremovable)
+        x, y = _on(data.first, model, guide.device)
+        known = removable_structures(model.net, first_examples(x, 2), structures, unremovable)
         Pruner(model, guide, criterion, (x, y), known).check_criterion()
         shared = fabric.broadcast(int(torch.randint(2**31, ())) if seed is None else seed)
         with (
@@ -191,20 +205,20 @@ def fit(
             model.to(fabric.device)
             guide.to(fabric.device)
             order = torch.Generator().manual_seed(shared)
-            placed = place(data[0], fabric.device), place(data[1], fabric.device)
-            pruner = Pruner(model, guide, criterion, _on(first, model, fabric.device), known)
-            trainer = Trainer(fabric, model, guide, elbo, placed, batch_size, rates, order, compile)
-            validated = None if held_out is None else (held_out[0].to(fabric.device), held_out[1].to(fabric.device))
-            run = Run(trainer, pruner, validated, settings, run_folder)
-            advice = Advice(run.history, pruner, rates, trainer.steps_per_epoch, placed)
+            for source in (data, *([] if held_out is None else [held_out])):
+                source.place(fabric.device)
+            pruner = Pruner(model, guide, criterion, _on(data.first, model, fabric.device), known)
+            trainer = Trainer(fabric, model, guide, elbo, data, rates, order, compile)
+            run = Run(trainer, pruner, held_out, pruning, settings, run_folder)
+            advice = Advice(run.history, pruner, rates, data)
             if run_folder is not None and run_folder.checkpoint.exists():
                 run.resume(plan)
-            elif model.fitted and epochs:
+            elif model.fitted and rates.noisy_epochs:
                 warnings.warn(_FITTED, FitWarning, stacklevel=2)
             if run.position < len(plan):
                 listener.on_start(len(plan), run.history.entries)
                 model.fitted = True
-                run.go(plan, pruning, checkpoint_every, listener)
+                run.go(plan, checkpoint_every, listener)
             model.eval()
             result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds)
             listener.on_end(result)
@@ -214,7 +228,8 @@ def fit(
 
 
 def _check_numbers(batch_size: Any, checkpoint_every: Any, seed: Any) -> None:
-    check_integer("batch_size", batch_size, low=1)
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, low=1)
     check_integer("checkpoint_every", checkpoint_every, low=1)
     if seed is not None:
         check_seed("seed", seed)
@@ -229,14 +244,21 @@ def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, prun
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
 
 
-def _clamped(batch_size: int, examples: int, fabric: "Fabric") -> int:
-    """Return the size of a batch of all processes, of which each needs an example."""
-    if min(batch_size, examples) < fabric.world_size:
+def _check_streams(data: Source, fabric: "Fabric", compiled: bool, resume: bool) -> None:
+    """Raise where steps cannot run on these data, and say what of them a resumed fit cannot bring back."""
+    if data.batch_size < fabric.world_size:
         raise ValueError(
-            f"batch_size must be at least 1 for each of {fabric.world_size} processes, but got {batch_size} for "
-            f"{examples} examples"
+            f"batch_size must be at least 1 for each of {fabric.world_size} processes, but is {data.batch_size} for "
+            f"{data.size} examples"
         )
-    return min(batch_size, examples)
+    if compiled and not isinstance(data.first[0], Tensor):
+        raise ValueError("compile=True takes inputs of one tensor: a tuple or mapping of them needs compile=False")
+    if resume and data.lost_on_resume:
+        warnings.warn(
+            f"a resumed fit will not be the same as one without interruption, since {data.lost_on_resume} is lost",
+            FitWarning,
+            stacklevel=3,
+        )
 
 
 def _listeners(
@@ -260,5 +282,5 @@ def _check_fabric(fabric: Any) -> "Fabric":
     return fabric
 
 
-def _on(batch: Pair, model: NoisyNetwork, device: torch.device) -> Pair:
-    return to_input(batch[0].to(device), model.net), batch[1].to(device)
+def _on(batch: Batch, model: NoisyNetwork, device: torch.device) -> Batch:
+    return on_device(batch[0], device, model.net), batch[1].to(device)

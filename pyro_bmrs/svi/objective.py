@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.svi.elbo import MeanFieldELBO, ObservedLogProb
 
 __all__ = ["FixedNoiseObjective", "NoisyObjective"]
@@ -27,17 +28,17 @@ class NoisyObjective(nn.Module):
         super().__init__()
         self.model, self.guide, self.elbo = model, guide, elbo
 
-    def forward(self, x: Tensor, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
         r"""Return the loss of a batch, of shape ``()``.
 
         Args:
-            x: Inputs, of shape ``(batch, ...)``.
+            x: Inputs, of shape ``(batch, ...)``, or a tuple or dictionary of such.
             y: Observations, of shape ``(batch, ...)``.
             kl_weight: :math:`\lambda` of this step.
             share: Size of this batch over the mean size of those whose losses will be averaged with it.
         """
         kl, log_likelihood = self.elbo.terms(self.model, self.guide, x, y)
-        return (kl_weight * kl - share * log_likelihood) / (self.model.num_data or len(x))
+        return (kl_weight * kl - share * log_likelihood) / (self.model.num_data or len(y))
 
 
 class FixedNoiseObjective(nn.Module):
@@ -55,7 +56,7 @@ class FixedNoiseObjective(nn.Module):
         for i, value in enumerate(values.values()):
             self.register_buffer(f"theta{i}", value.detach().clone(), persistent=False)
 
-    def forward(self, x: Tensor, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
         """Return the loss of a batch, of shape ``()``; ``kl_weight`` has nothing to weigh."""
         values = {site: self.get_buffer(f"theta{i}") for i, site in enumerate(self.sites)}
         with ObservedLogProb() as observed:

@@ -8,7 +8,7 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.equality import difference
-from pyro_bmrs.structures.inputs import output_tensors, to_input
+from pyro_bmrs.structures.inputs import Inputs, first_examples, on_device, output_tensors
 
 __all__ = ["check_probe", "probe"]
 
@@ -17,12 +17,13 @@ _TOLERANCE = 1e-3  # of the outputs' spread: rounding of another device, and no 
 
 
 @torch.no_grad()
-def probe(model: NoisyNetwork, guide: FlatGuide, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Return the network's outputs for the first rows, and how likely the model finds their observations."""
-    x, y = (each[:_ROWS].to(guide.device) for each in data)
+def probe(model: NoisyNetwork, guide: FlatGuide, batch: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
+    """Return the network's outputs for the first rows of a batch, and how likely the model finds their observations."""
+    x = on_device(first_examples(batch[0], _ROWS), guide.device, model.net)
+    y = batch[1][:_ROWS].to(guide.device)
     with undisturbed(model.net), evaluating(model):
         torch.manual_seed(0)  # for networks that draw random numbers even in eval mode
-        output = model.run(to_input(x, model.net), guide.mean())
+        output = model.run(x, guide.mean())
         log_prob = model.likelihood(output).log_prob(y)
     outputs = {f"output.{i}": each.contiguous() for i, each in enumerate(output_tensors(output))}
     return {**outputs, "log_prob": log_prob}

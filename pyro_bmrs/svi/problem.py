@@ -7,8 +7,8 @@ from typing import Any
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.fingerprint import fingerprint, network_fingerprint
-from pyro_bmrs.svi.settings import Pair
 
 __all__ = ["check_settings", "problem_fingerprints"]
 
@@ -16,7 +16,7 @@ _FINGERPRINTS = {"criterion", "train", "validation", "likelihood", "priors"}  # 
 
 
 def problem_fingerprints(
-    model: NoisyNetwork, guide: FlatGuide, criterion: Criterion | None, data: Pair, held_out: Pair | None
+    model: NoisyNetwork, guide: FlatGuide, criterion: Criterion | None, train: Source, validation: Source | None
 ) -> dict[str, Any]:
     """Return what a checkpoint keeps of the problem that it belongs to, by name."""
     priors = {f"{site}.{name}": each for site, layer in model.noise.items() for name, each in layer.named_buffers()}
@@ -25,8 +25,8 @@ def problem_fingerprints(
         "kl_weight": {site: model.kl_weight * weight for site, weight in model.kl_weights.items()},
         "num_data": model.num_data,
         "sizes": model.sizes,
-        "train": [fingerprint(each) for each in data],
-        "validation": None if held_out is None else [fingerprint(each) for each in held_out],
+        "train": train.fingerprint(),
+        "validation": None if validation is None else validation.fingerprint(),
         "network": network_fingerprint(model.net),
         "likelihood": fingerprint(model.likelihood),
         "guide": f"{type(guide).__module__}.{type(guide).__qualname__}",

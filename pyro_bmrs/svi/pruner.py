@@ -4,7 +4,8 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,12 +17,17 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.compact import structures_of
+from pyro_bmrs.structures.inputs import Inputs, first_examples
 from pyro_bmrs.structures.shrink import shrink_known
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.svi.checkpoint import State
 from pyro_bmrs.svi.schedule import PostTraining
 
-__all__ = ["Pruner"]
+__all__ = ["CostRemoved", "Pruner"]
+
+_CLOSE_ENOUGH = 0.005  # fraction of the cost that need not be made up by removing what the evidence is against
+
+CostRemoved = Callable[[Mapping[str, Tensor]], float]
 
 
 class Pruner:
@@ -37,6 +43,7 @@ class Pruner:
     Attributes:
         scores: For each site the score of each structure when it was last judged, of shape ``(original_size,)``.
         structures: What is known of the network's structures.
+        example: Inputs of two examples.
     """
 
     def __init__(
@@ -44,11 +51,12 @@ class Pruner:
         model: NoisyNetwork,
         guide: FlatGuide,
         criterion: Criterion | None,
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Inputs, Tensor],
         structures: StructureSet | None = None,
     ) -> None:
         self.model, self.guide, self.criterion, self.batch = model, guide, criterion, batch
-        self.structures = structures_of(model.net, batch[0][:2]) if structures is None else structures
+        self.example = first_examples(batch[0], 2)
+        self.structures = structures_of(model.net, self.example) if structures is None else structures
         self.scores: dict[str, Tensor] = {}
         self._at_removal = [parameter.detach().clone() for parameter in guide.parameters()]
         self._order = torch.empty(0, dtype=torch.long)
@@ -82,6 +90,59 @@ class Pruner:
         supported, _ = self._judge(self.criterion)
         return self._remove(supported)
 
+    def supported_masks(self) -> dict[str, Tensor]:
+        """Return what would remain if all that the criterion supports removing now were removed."""
+        assert self.criterion is not None
+        supported, _ = self._judge(self.criterion)
+        masks = self.masks
+        for site, layer in self.model.noise.items():
+            masks[site] = masks[site] & ~layer.in_original(supported[site], False)
+        return masks
+
+    def remove_within(self, cost_removed: CostRemoved, target: float, supported_only: bool) -> dict[str, int]:
+        """Remove structures by score, as long as no more than ``target`` of the cost is gone, and return how many.
+
+        The last structure of a site is never removed.
+
+        Args:
+            cost_removed: From masks to the fraction of the cost that they remove.
+            target: Fraction that may be removed.
+            supported_only: Whether to remove only what the criterion supports; otherwise whatever it takes to come as
+                close to the target as possible, from either side.
+        """
+        assert self.criterion is not None
+        supported, scores = self._judge(self.criterion)
+        flat = torch.cat([self._spared(site, scores[site]) for site in self.guide.sizes])
+        candidates = flat > -math.inf
+        if supported_only:
+            candidates &= torch.cat([supported[site] for site in self.guide.sizes])
+        order = flat.argsort(descending=True, stable=True)
+        order = order[candidates[order]]
+
+        def removed(count: int) -> dict[str, Tensor]:
+            gone = torch.zeros_like(candidates)
+            gone[order[:count]] = True
+            return self.guide.split(gone)
+
+        def fraction(count: int) -> float:
+            gone = removed(count)
+            return cost_removed(
+                {
+                    site: layer.original_keep & ~layer.in_original(gone[site], False)
+                    for site, layer in self.model.noise.items()
+                }
+            )
+
+        # the largest number of structures whose cost is within the target
+        count = bisect_right(range(1, len(order) + 1), target, key=fraction)
+        if not supported_only:  # the smallest that is close enough to it, or the closer one of the two around it
+            fewest = bisect_left(range(len(order)), target - _CLOSE_ENOUGH, key=fraction)
+            if fewest <= count:
+                count = fewest
+            elif count < len(order) and fraction(count + 1) - target < target - fraction(count):
+                count += 1
+        return self._remove(removed(count))
+
     def rank(self, schedule: PostTraining) -> None:
         """Fix the order in which ``remove_to`` removes: what the criterion supports first, by score."""
         if self.criterion is None:
@@ -110,7 +171,7 @@ class Pruner:
     def shrink(self, optimizer: Optimizer) -> bool:
         """Cut removed structures out of network, guide and optimiser, and return whether there were any."""
         sizes = self.model.sizes
-        known = self.model, self.guide, optimizer, self.batch[0][:2], self.structures
+        known = self.model, self.guide, optimizer, self.example, self.structures
         kept, self.structures = shrink_known(*known)
         if sizes == self.model.sizes:
             return False
@@ -168,6 +229,15 @@ class Pruner:
         scores = self._scores(criterion)
         self._note(scores)
         return criterion.supported(self._context(), scores), scores
+
+    def _spared(self, site: str, score: Tensor) -> Tensor:
+        """Return the scores of a site with minus infinity where there is nothing to remove: gone, unknown, or last."""
+        keep = self.model.noise[site].keep.to(score.device)
+        score = score.nan_to_num(nan=-math.inf).masked_fill(~keep, -math.inf)
+        if bool(keep.any()):
+            best = int(score.masked_fill(~keep, math.inf).argmin())
+            score[best] = -math.inf
+        return score
 
     def _scores(self, criterion: Criterion) -> dict[str, Tensor]:
         return checked_scores(criterion, self._context())

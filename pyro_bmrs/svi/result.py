@@ -33,6 +33,11 @@ class FitResult:
     seconds: float
 
     @property
+    def kl_weight(self) -> float:
+        """Weight of the KL in the end: the model's, times the multiplier that has reached the size of ``ToSize``."""
+        return self.history[-1]["kl_weight"] if self.history else 1.0
+
+    @property
     def compression(self) -> float:
         """Fraction of the trainable weights and biases that the masks remove."""
         return self.history[-1]["compression"] if self.history else 0.0

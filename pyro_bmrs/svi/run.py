@@ -14,12 +14,14 @@ from pyro_bmrs.checks import check_integer
 from pyro_bmrs.structures.copying import copied
 from pyro_bmrs.svi.callbacks import Callback
 from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
+from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.probe import check_probe, probe
 from pyro_bmrs.svi.problem import check_settings
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.run_folder import RunFolder
-from pyro_bmrs.svi.schedule import MOST_EPOCHS, Continuous, PostTraining
+from pyro_bmrs.svi.schedule import MOST_EPOCHS, Continuous, PostTraining, Pruning, ToSize
+from pyro_bmrs.svi.steering import FIRST_MULTIPLIER, Steering
 from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["Planned", "Run", "make_plan"]
@@ -37,7 +39,7 @@ class Planned:
 _NOISY = Planned("noisy")
 
 
-def make_plan(epochs: int, pruning: Continuous | PostTraining, fine_tune_epochs: int) -> list[Planned]:
+def make_plan(epochs: int, pruning: Pruning, fine_tune_epochs: int) -> list[Planned]:
     """Return the epochs of a fit, in order.
 
     Raises:
@@ -58,7 +60,8 @@ class Run:
     Args:
         trainer: Runs an epoch.
         pruner: Removes structures.
-        validation: Inputs and observations to report on, or None.
+        validation: What to report on, or None.
+        pruning: When to remove.
         settings: What a checkpoint must agree with to be gone on from, by name.
         folder: Where checkpoints go, or None.
 
@@ -71,13 +74,18 @@ class Run:
         self,
         trainer: Trainer,
         pruner: Pruner,
-        validation: tuple[Tensor, Tensor] | None,
+        validation: Source | None,
+        pruning: Pruning,
         settings: dict[str, Any],
         folder: RunFolder | None,
     ) -> None:
         self.trainer, self.pruner, self.validation = trainer, pruner, validation
         self.model, self.guide = trainer.model, trainer.guide
-        self.settings, self.folder = settings, folder
+        self.pruning, self.settings, self.folder = pruning, settings, folder
+        self.steering: Steering | None = None
+        if isinstance(pruning, ToSize) and trainer.rates.noisy_epochs:
+            self.steering = Steering(pruner, pruning, trainer.rates.noisy_epochs * trainer.steps_per_epoch)
+            trainer.multiplier = FIRST_MULTIPLIER
         self.history = History(self.model, self.guide, pruner, validation)
         self.position, self._saved_at = 0, 0
         self._started, self._seconds_before = time.perf_counter(), 0.0
@@ -87,19 +95,17 @@ class Run:
         """Wall time so far, all sessions of a resumed fit together."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def go(
-        self, plan: list[Planned], pruning: Continuous | PostTraining, checkpoint_every: int, callbacks: Callback
-    ) -> None:
+    def go(self, plan: list[Planned], checkpoint_every: int, callbacks: Callback) -> None:
         """Run the epochs of the plan from the present position on."""
         noisy = plan.count(_NOISY)
         if self.position == noisy == 0:
-            self._end_noise(pruning)
+            self._end_noise()
         try:
             while self.position < len(plan):
-                record = self._epoch(plan[self.position], pruning, callbacks)
+                record = self._epoch(plan[self.position], callbacks)
                 self.position += 1
                 if self.position == noisy:
-                    self._end_noise(pruning)
+                    self._end_noise()
                 if record is not None:
                     callbacks.on_epoch_end(record)
                 if self.position % checkpoint_every == 0 or self.position == len(plan):
@@ -126,31 +132,46 @@ class Run:
             raise ValueError(f"{path} cannot be gone on from: {reason}") from error
         self._restore(state, plan)
 
-    def _epoch(
-        self, planned: Planned, pruning: Continuous | PostTraining, callbacks: Callback
-    ) -> dict[str, Any] | None:
+    def _epoch(self, planned: Planned, callbacks: Callback) -> dict[str, Any] | None:
         epoch = self.position + 1
+        kl_weight = self.trainer.multiplier * self.model.kl_weight
         if planned == _NOISY:
-            loss = self.trainer.noisy_epoch()
-            if isinstance(pruning, Continuous) and pruning.is_due(epoch, self.trainer.rates.kl_warmup_epochs):
-                callbacks.on_pruning(epoch, self.pruner.remove_supported())
-                if pruning.shrink and self.pruner.shrink(self.trainer.optimizer):
-                    self.trainer.network_changed()
-            return self.history.record("noisy", loss)
+            loss = self.trainer.noisy_epoch(None if self.steering is None else lambda: self._steer(callbacks))
+            self._prune(epoch, callbacks)
+            return self.history.record("noisy", loss, kl_weight)
         if planned.level is None:
-            return self.history.record("fine-tune", self.trainer.fine_tune_epoch())
+            return self.history.record("fine-tune", self.trainer.fine_tune_epoch(), kl_weight)
         if self.pruner.is_exhausted(planned.before):
             return None
         removed = self.pruner.remove_to(planned.level)
         if sum(removed.values()):
             callbacks.on_pruning(epoch - 1, removed)
         loss = self.trainer.fine_tune_epoch()
-        return self.history.record("post-training", loss, level=planned.level, removed=self.pruner.count(planned.level))
+        removed_so_far = self.pruner.count(planned.level)
+        return self.history.record("post-training", loss, kl_weight, level=planned.level, removed=removed_so_far)
 
-    def _end_noise(self, pruning: Continuous | PostTraining) -> None:
+    def _prune(self, epoch: int, callbacks: Callback) -> None:
+        """Remove what is due after an epoch with noise."""
+        pruning, rates = self.pruning, self.trainer.rates
+        if isinstance(pruning, Continuous) and pruning.is_due(epoch, rates.kl_warmup_epochs):
+            callbacks.on_pruning(epoch, self.pruner.remove_supported())
+            if pruning.shrink and self.pruner.shrink(self.trainer.optimizer):
+                self.trainer.network_changed()
+        if self.steering is not None and epoch == rates.noisy_epochs:
+            callbacks.on_pruning(epoch, self.steering.complete())
+
+    def _steer(self, callbacks: Callback) -> None:
+        """Take a turn at steering to a size, if one is due after the last step."""
+        trainer, steering = self.trainer, self.steering
+        if steering is not None and steering.is_due(trainer.step):
+            removed, trainer.multiplier = steering.turn(trainer.step, trainer.multiplier)
+            if any(removed.values()):
+                callbacks.on_pruning(self.position + 1, removed)
+
+    def _end_noise(self) -> None:
         self.pruner.restore_removed()
-        if isinstance(pruning, PostTraining):
-            self.pruner.rank(pruning)
+        if isinstance(self.pruning, PostTraining):
+            self.pruner.rank(self.pruning)
 
     def _save(self) -> None:
         """Write a checkpoint; a full disk costs the checkpoint, not the fit."""
@@ -182,11 +203,10 @@ class Run:
         trainer, pruner = self.trainer, self.pruner
         model, guide = copied((self.model, self.guide))
         again = Trainer(
-            trainer.fabric, model, guide, trainer.elbo, trainer.data, trainer.batch_size, trainer.rates,
-            torch.Generator(),
+            trainer.fabric, model, guide, trainer.elbo, trainer.data, trainer.rates, torch.Generator()
         )  # fmt: skip
         pruner_of_copies = Pruner(model, guide, pruner.criterion, pruner.batch, copy.copy(pruner.structures))
-        return Run(again, pruner_of_copies, self.validation, self.settings, self.folder)
+        return Run(again, pruner_of_copies, self.validation, self.pruning, self.settings, self.folder)
 
     def _restore(self, state: State, plan: list[Planned]) -> None:
         of_fit = part(state, "fit")
@@ -210,7 +230,7 @@ class Run:
         self._saved_at = len(self.history.entries)
 
     def _probe(self) -> dict[str, Tensor]:
-        return probe(self.model, self.guide, self.trainer.data)
+        return probe(self.model, self.guide, self.trainer.data.first)
 
     def _last_good(self) -> str:
         if not self._saved_at or self.folder is None:

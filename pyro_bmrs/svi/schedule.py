@@ -4,12 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from pyro_bmrs.checks import check_flag, check_integer, check_number, described
 
-__all__ = ["MOST_EPOCHS", "Continuous", "PostTraining", "Rates"]
+__all__ = ["MOST_EPOCHS", "Continuous", "PostTraining", "Pruning", "Rates", "ToSize"]
 
 MOST_EPOCHS = 10**6
+_NOISY_STEPS = 4000  # of a fit, by default
+_FEWEST_EPOCHS = 3
+_TRAVEL = 100.0  # nats that a posterior location must be able to travel
+_LARGEST_POSTERIOR_LR = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Continuous:
             raise ValueError(f"stop of Continuous must not come before start={self.start}, but got {self.stop}")
         check_flag("shrink of Continuous", self.shrink)
 
-    def is_due(self, epoch: int, kl_warmup_epochs: int = 0) -> bool:
+    def is_due(self, epoch: int, kl_warmup_epochs: float = 0) -> bool:
         """Return whether to prune after ``epoch``, counted from 1."""
-        start = kl_warmup_epochs + 1 if self.start is None else self.start
+        start = math.floor(kl_warmup_epochs) + 1 if self.start is None else self.start
         return start <= epoch <= (epoch if self.stop is None else self.stop) and (epoch - start) % self.every == 0
 
 
@@ -79,6 +84,37 @@ class PostTraining:
 
 
 @dataclass(frozen=True)
+class ToSize:
+    """Prune while training, to a size: the weight of the KL is steered until the evidence supports that size.
+
+    The weight of the KL is multiplied every now and then by more or less than 1, as the size that the criterion
+    supports is too large or too small: a Lagrange multiplier on the expected cost. It begins small, so that there is no
+    warm-up. What is supported is removed, never beyond the size; what is then still missing goes by score. The last
+    structure of a site stays.
+
+    Args:
+        remove: Fraction of the cost to remove, inside (0, 1).
+        cost: ``"parameters"``, or ``"flops"`` of a forward pass.
+
+    Raises:
+        TypeError: If ``remove`` is no number.
+        ValueError: If ``remove`` is not inside (0, 1), or ``cost`` neither.
+    """
+
+    remove: float
+    cost: Literal["parameters", "flops"] = "parameters"
+
+    def __post_init__(self) -> None:
+        if not 0 < check_number("remove", self.remove) < 1:
+            raise ValueError(f"remove must be a fraction inside (0, 1), but got {self.remove}")
+        if self.cost not in ("parameters", "flops"):
+            raise ValueError(f'cost must be "parameters" or "flops", but got {self.cost!r}')
+
+
+Pruning = Continuous | PostTraining | ToSize
+
+
+@dataclass(frozen=True)
 class Rates:
     """Learning rates and KL weight of each step of a fit.
 
@@ -95,33 +131,49 @@ class Rates:
     posterior_lr: float
     epochs: int
     noisy_epochs: int
-    kl_warmup_epochs: int
+    kl_warmup_epochs: float
     decay: bool = True
+
+    def travel(self, steps_per_epoch: int) -> float:
+        """Return how far a posterior location can get, in nats: Adam moves it by the rate in a step, at most."""
+        return self.posterior_lr * self.noisy_epochs * steps_per_epoch * (0.5 if self.decay else 1.0)
 
     @classmethod
     def planned(
         cls,
         lr: float,
         posterior_lr: float | None,
-        noisy_epochs: int,
-        fine_tune_epochs: int,
-        kl_warmup_epochs: int | None,
+        noisy_epochs: int | None,
+        fine_tune_epochs: int | None,
+        kl_warmup_epochs: float | None,
+        steps_per_epoch: int,
         levels: int = 0,
         decay: bool = True,
     ) -> "Rates":
         """Return the rates with the defaults of ``fit`` filled in; ``levels`` is the epochs in between.
+
+        What is left out follows from the number of steps, since it takes steps for weights to learn and for locations
+        to travel, whatever the number of examples.
 
         Raises:
             TypeError: If an argument is of another type.
             ValueError: If a rate is not positive and finite, or a number of epochs is negative.
         """
         check_number("lr", lr)
-        posterior_lr = 50 * lr if posterior_lr is None else check_number("posterior_lr", posterior_lr)
+        if noisy_epochs is None:
+            noisy_epochs = min(max(math.ceil(_NOISY_STEPS / steps_per_epoch), _FEWEST_EPOCHS), MOST_EPOCHS)
         check_integer("epochs", noisy_epochs, high=MOST_EPOCHS)
+        if fine_tune_epochs is None:
+            fine_tune_epochs = math.ceil(noisy_epochs / 3) if noisy_epochs else 10
         check_integer("fine_tune_epochs", fine_tune_epochs, high=MOST_EPOCHS)
+        if posterior_lr is None:
+            needed = 2 * _TRAVEL / max(noisy_epochs * steps_per_epoch, 1)
+            posterior_lr = max(50 * lr, min(needed, _LARGEST_POSTERIOR_LR))
+        check_number("posterior_lr", posterior_lr)
         if kl_warmup_epochs is None:
-            kl_warmup_epochs = noisy_epochs // 4
-        check_integer("kl_warmup_epochs", kl_warmup_epochs, high=MOST_EPOCHS)
+            kl_warmup_epochs = noisy_epochs // 4 or noisy_epochs / 4
+        else:
+            check_integer("kl_warmup_epochs", kl_warmup_epochs, high=MOST_EPOCHS)
         check_flag("decay", decay)
         epochs = noisy_epochs + levels + fine_tune_epochs
         return cls(lr, posterior_lr, epochs, noisy_epochs, kl_warmup_epochs, decay)

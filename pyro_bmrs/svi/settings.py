@@ -1,5 +1,6 @@
 """Arguments that all fits have in common: checked before anything is changed."""
 
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,6 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
 
 from pyro_bmrs.checks import check_list, described
 from pyro_bmrs.criteria import Criterion
@@ -15,14 +15,15 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.callbacks import Callback
-from pyro_bmrs.svi.data import check_data, check_observations
+from pyro_bmrs.svi.data.making import make_source
+from pyro_bmrs.svi.data.source import Source
+from pyro_bmrs.svi.data.unpacking import Unpack
 from pyro_bmrs.svi.elbo import check_lean
 from pyro_bmrs.svi.faults import check_finite
 from pyro_bmrs.svi.result import FitWarning
-from pyro_bmrs.svi.schedule import Continuous, PostTraining
+from pyro_bmrs.svi.schedule import Pruning
 
 __all__ = [
-    "Pair",
     "check_callbacks",
     "check_choices",
     "check_data_sets",
@@ -30,8 +31,6 @@ __all__ = [
     "check_trained",
     "counting_examples",
 ]
-
-Pair = tuple[Tensor, Tensor]
 
 
 def check_model_and_guide(model: NoisyNetwork, guide: FlatGuide) -> None:
@@ -48,8 +47,8 @@ def check_choices(criterion: Any, pruning: Any) -> None:
         raise TypeError(
             f"criterion must be a Criterion, for instance BMRS_N(), or None, but got {described(criterion)}"
         )
-    if not isinstance(pruning, Continuous | PostTraining):
-        raise TypeError(f"pruning must be Continuous() or PostTraining(), but got {described(pruning)}")
+    if not isinstance(pruning, Pruning):
+        raise TypeError(f"pruning must be Continuous(), PostTraining() or ToSize(...), but got {described(pruning)}")
 
 
 def check_callbacks(callbacks: Any) -> list[Callback]:
@@ -73,17 +72,22 @@ def check_trained(model: NoisyNetwork, guide: FlatGuide, fine_tune_epochs: int) 
         raise ValueError("parameters of the guide are frozen (requires_grad=False): a fit trains them all")
 
 
-def check_data_sets(models: Sequence[NoisyNetwork], train: Any, validation: Any) -> tuple[Pair, Pair | None]:
-    """Return training and validation data as tensors that each of ``models``, all alike, and its likelihood take."""
+def check_data_sets(
+    models: Sequence[NoisyNetwork],
+    train: Any,
+    validation: Any,
+    unpack: Unpack | None = None,
+    batch_size: int | None = None,
+) -> tuple[Source, Source | None]:
+    """Return training and validation data, which each of ``models``, all alike, and its likelihood take."""
     dtype = next((p.dtype for p in models[0].parameters() if p.is_floating_point()), torch.get_default_dtype())
-    data = check_data(train, "train", dtype)
-    held_out = None if validation is None else check_data(validation, "validation", dtype)
+    sources = [make_source(train, "train", dtype, unpack, batch_size)]
+    if validation is not None:
+        sources.append(make_source(validation, "validation", dtype, unpack, batch_size))
     with pyro.validation_enabled(False):  # numbers that are not finite are for the fit to name
-        for model in models:
-            check_observations(model, *data, "train")
-            if held_out is not None:
-                check_observations(model, *held_out, "validation")
-    return data, held_out
+        for source, model in itertools.product(sources, models):
+            source.check(model)
+    return sources[0], None if validation is None else sources[1]
 
 
 @contextmanager

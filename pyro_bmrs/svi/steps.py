@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NonFiniteLossError", "Step", "make_step"]
 
-Step = Callable[[Tensor, Tensor, float, float], Tensor]
+Step = Callable[[Any, Tensor, float, float], Tensor]
 """From inputs, observations, KL weight and share of the batch (see ``NoisyObjective``) to the loss, detached."""
 
 
@@ -51,7 +51,7 @@ def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: to
 
     compiled = CompiledStep(objective)
 
-    def step(x: Tensor, y: Tensor, kl_weight: float, share: float) -> Tensor:
+    def step(x: Any, y: Tensor, kl_weight: float, share: float) -> Tensor:
         optimizer.zero_grad()
         loss = compiled(x, y, kl_weight, share)
         _check(loss)
@@ -62,7 +62,7 @@ def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: to
 
 
 def _eager(forward: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> Step:
-    def step(x: Tensor, y: Tensor, kl_weight: float, share: float) -> Tensor:
+    def step(x: Any, y: Tensor, kl_weight: float, share: float) -> Tensor:
         optimizer.zero_grad()
         loss = forward(x, y, kl_weight, share)
         _check(loss)

@@ -1,16 +1,18 @@
 """Epochs: of SVI with noise, and of the weights alone with every noise at its posterior mean."""
 
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from pyro_bmrs.checks import check_number
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.inputs import Inputs, on_device
 from pyro_bmrs.svi.checkpoint import State, optimizer_tensors, restore_optimizer
-from pyro_bmrs.svi.devices import keep_freed_memory, place
+from pyro_bmrs.svi.data.source import Source
+from pyro_bmrs.svi.devices import keep_freed_memory
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.faults import check_parameters, loss_error
 from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
@@ -33,9 +35,7 @@ class Trainer:
         model: The model, on the device.
         guide: Its guide, likewise.
         elbo: The objective of the epochs with noise.
-        data: Inputs and observations; on a device with room for them they stay there.
-        batch_size: At most this many examples a step, over all processes; batches of an epoch differ in size by at
-            most one.
+        data: What to train on.
         rates: Learning rates and KL weight over the epochs.
         order: Generator of the order of the data, in the same state in all processes.
         compile: Whether to compile steps, or on CUDA to capture them.
@@ -47,28 +47,26 @@ class Trainer:
         model: NoisyNetwork,
         guide: FlatGuide,
         elbo: MeanFieldELBO,
-        data: tuple[Tensor, Tensor],
-        batch_size: int,
+        data: Source,
         rates: Rates,
         order: Generator,
         compile: bool = False,  # noqa: A002  (torch's name for it)
     ) -> None:
         self.fabric, self.model, self.guide, self.elbo = fabric, model, guide, elbo
         self.rates, self.order, self.compile = rates, order, compile
-        self.data = (place(data[0], fabric.device), place(data[1], fabric.device))
-        self.batch_size = batch_size
-        self.steps_per_epoch = math.ceil(len(data[0]) / batch_size)
+        self.data, self.steps_per_epoch = data, data.steps
+        self.multiplier = 1.0  # of the KL's weight
         self.step = 0
         self.optimizer = self._make_optimizer()
         keep_freed_memory(fabric.device)
         self._noisy_step: Step | None = None
         self._fixed_noise_step: Step | None = None
 
-    def noisy_epoch(self) -> float:
-        """Run one epoch of SVI and return its mean loss, in nats an example."""
+    def noisy_epoch(self, between: Callable[[], None] | None = None) -> float:
+        """Run one epoch of SVI and return its mean loss, in nats an example; call ``between`` after each step."""
         if self._noisy_step is None:
             self._noisy_step = self._prepare(NoisyObjective(self.model, self.guide, self.elbo))
-        return self._epoch(self._noisy_step)
+        return self._epoch(self._noisy_step, between)
 
     def fine_tune_epoch(self) -> float:
         """Run one epoch of the weights alone and return the mean negative log likelihood, in nats an example."""
@@ -82,7 +80,10 @@ class Trainer:
 
     def state(self) -> State:
         """Return all that a resumed fit needs to know: optimiser, step, data order and random state."""
-        tensors, info = optimizer_tensors(self.optimizer), {"step": self.step}
+        data = self.data.state()
+        info = {"step": self.step, "multiplier": self.multiplier, "data": data.info}
+        tensors = optimizer_tensors(self.optimizer)
+        tensors |= {f"data.{name}": tensor for name, tensor in data.tensors.items()}
         tensors["order"] = self.order.get_state()
         tensors["random"] = self._of_all_processes(torch.get_rng_state())
         if self.fabric.device.type == "cuda":
@@ -92,8 +93,11 @@ class Trainer:
     def restore(self, state: State) -> None:
         """Take up what ``state`` returned; parameters must have their shapes already."""
         self.step = state.info["step"]
+        self.multiplier = check_number("its multiplier", state.info["multiplier"])
         restore_optimizer(self.optimizer, state.tensors)
         self.order.set_state(state.tensors["order"].cpu())
+        of_data = {name[5:]: tensor for name, tensor in state.tensors.items() if name.startswith("data.")}
+        self.data.restore(State(of_data, state.info["data"]))
         rank = self.fabric.global_rank
         torch.set_rng_state(state.tensors["random"][rank].cpu().clone())
         if "random_cuda" in state.tensors:
@@ -124,36 +128,32 @@ class Trainer:
     def _prepare(self, objective: nn.Module) -> Step:
         return make_step(objective, self.optimizer, self.fabric, self.compile)
 
-    def _epoch(self, step: Step) -> float:
+    def _epoch(self, step: Step, between: Callable[[], None] | None = None) -> float:
         self.model.train()
         losses: list[Tensor] = []
         total = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        order = torch.randperm(len(self.data[0]), generator=self.order).to(self.data[0].device)
-        for batch in order.tensor_split(self.steps_per_epoch):
+        for (x, y), share in self.data.shuffled(self.order, self.fabric):
             self._set_rates()
-            kl_weight = self.model.kl_weight * self.rates.kl_share(self.step, self.steps_per_epoch)
+            kl_share = self.rates.kl_share(self.step, self.steps_per_epoch)
             try:
-                losses.append(step(*self._fetch(batch), kl_weight, self._share(batch)))
+                losses.append(step(*self._placed(x, y), self.multiplier * self.model.kl_weight * kl_share, share))
             except NonFiniteLossError as error:
                 raise self._not_finite(self.step, error.loss) from None
             self.guide.project_()
             self.step += 1
+            if between is not None:
+                between()
+                self.model.train()
             if len(losses) == _CHECK_EVERY or self.step % self.steps_per_epoch == 0:
                 total += self._finite_sum(losses)
                 losses = []
         check_parameters(self.model, self.guide, self.step - 1)
         return float(self._of_all_processes(total / self.steps_per_epoch).mean())
 
-    def _fetch(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this process's share of a batch, on its device."""
-        mine = batch.tensor_split(self.fabric.world_size)[self.fabric.global_rank]
-        x, y = (part[mine.to(part.device)].to(self.fabric.device, non_blocking=True) for part in self.data)
-        return to_input(x, self.model.net), y
-
-    def _share(self, batch: Tensor) -> float:
-        """Return the size of this process's part of a batch over the mean part, so that their losses average right."""
-        world = self.fabric.world_size
-        return len(batch.tensor_split(world)[self.fabric.global_rank]) * world / len(batch)
+    def _placed(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
+        """Return a batch on this process's device, as the network takes it."""
+        device = self.fabric.device
+        return on_device(x, device, self.model.net), y.to(device, non_blocking=True)
 
     def _finite_sum(self, losses: list[Tensor]) -> Tensor:
         """Return the sum of the last losses; on a GPU this is where they are first looked at, which stalls it."""
@@ -165,4 +165,4 @@ class Trainer:
         return values.sum()
 
     def _not_finite(self, step: int, loss: float) -> FloatingPointError:
-        return loss_error(self.model, self.guide, self._fetch(torch.arange(self.batch_size))[0], step, loss)
+        return loss_error(self.model, self.guide, self._placed(*self.data.first)[0], step, loss)

@@ -39,7 +39,7 @@ CHANGES = {
         ),
     ],
     "pruning": [
-        (None, TypeError, r"pruning must be Continuous\(\) or PostTraining\(\), but got None"),
+        (None, TypeError, r"pruning must be Continuous\(\), PostTraining\(\) or ToSize"),
         (bmrs.PostTraining, TypeError, "got the class PostTraining, not an instance"),
     ],
     "epochs": [

@@ -147,7 +147,8 @@ def test_shrinking_while_training_is_masking():
             assert bmrs.count_parameters(model.net) == result.history[-1]["parameters"]
     torch.testing.assert_close(*(each[:2] for each in fits), rtol=0, atol=1e-9)
     for masked, shrunk in zip(fits[0][2], fits[1][2], strict=True):
-        assert masked.pop("phase") == shrunk.pop("phase")
+        for name in ("phase", "recall_validation"):
+            assert masked.pop(name) == shrunk.pop(name)
         assert masked == pytest.approx(shrunk, rel=1e-9)
     assert fits[0][3] == fits[1][3]
     assert sum(count for _, removed in fits[0][3] for count in removed.values()) > 10
@@ -155,7 +156,7 @@ def test_shrinking_while_training_is_masking():
 
 def test_compiled_fits_prune_and_end_as_others_do(monkeypatch):
     """With the graph run as it is: what inductor makes of it is tested on its own."""
-    monkeypatch.setattr("pyro_bmrs.svi.steps.CompiledStep", functools.partial(CompiledStep, backend="eager"))
+    monkeypatch.setattr("pyro_bmrs.svi.compiled.CompiledStep", functools.partial(CompiledStep, backend="eager"))
     x, y = data()
     fits = []
     for compiled in (False, True):

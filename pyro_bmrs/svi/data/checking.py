@@ -1,52 +1,59 @@
 """What training data must be, checked once before anything starts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.distributions import Categorical
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bmrs.checks import described
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.structures.inputs import refusing, to_input
+from pyro_bmrs.structures.inputs import Inputs, batches, refusing, to_input
 
-__all__ = ["Data", "check_data", "check_observations"]
-
-Array = Tensor | np.ndarray[Any, Any]
-Data = tuple[Array, Array] | TensorDataset
+__all__ = ["as_tensors", "check_observations", "holds_arrays"]
 
 
-def check_data(data: Data, name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return inputs and observations as tensors, or raise naming what is wrong with the data set called ``name``.
+def holds_arrays(value: Any) -> bool:
+    """Return whether ``value`` is a tensor or array, or a tuple or mapping of nothing else."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(holds_arrays, value.values()))
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(holds_arrays, value))
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def as_tensors(inputs: Any, observations: Any, name: str, dtype: torch.dtype) -> tuple[Inputs, Tensor]:
+    """Return inputs and observations as tensors, or raise naming what is wrong with the data called ``name``.
 
     Args:
-        data: A pair of tensors or arrays, or a ``TensorDataset`` of two.
-        name: What to call it.
+        inputs: A tensor or array of shape ``(n, ...)``, or a tuple or mapping of such.
+        observations: A tensor or array of shape ``(n, ...)``.
+        name: What to call them.
         dtype: The network's. Arrays of float64, which NumPy makes unless told otherwise, become this.
 
     Raises:
-        TypeError: If it is something else.
-        ValueError: If it is empty, its halves differ in length, or a number in it is not finite.
+        TypeError: If they are something else.
+        ValueError: If they are empty, differ in length, or a number in them is not finite.
     """
-    pair = data.tensors if isinstance(data, TensorDataset) else data
-    if not (
-        isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor | np.ndarray) for t in pair)
-    ):
-        found = f"({', '.join(map(described, pair))})" if isinstance(pair, tuple | list) else described(pair)
+    if not (holds_arrays(inputs) and isinstance(observations, Tensor | np.ndarray)):
         raise TypeError(
-            f"{name} must be a pair of tensors (inputs, observations) or a TensorDataset of two, but got {found}"
+            f"{name} must be a pair of tensors (inputs, observations), where inputs may be a tuple or a mapping of "
+            f"tensors, a Dataset, a DataLoader or a sized iterable of batches, but got ({described(inputs)}, "
+            f"{described(observations)})"
         )
-    x, y = _as_tensor(pair[0], f"inputs of {name}", dtype), _as_tensor(pair[1], f"observations of {name}", dtype)
-    if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-        raise ValueError(
-            f"{name} needs one observation per input, but they have shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    if x.numel() == 0 or y.numel() == 0:
-        raise ValueError(f"{name} is empty: inputs have shape {tuple(x.shape)}, observations {tuple(y.shape)}")
-    for part, tensor in (("input", x), ("observation", y)):
+    x: Any = tree_map(lambda each: _as_tensor(each, f"inputs of {name}", dtype), _plain(inputs))
+    y = _as_tensor(observations, f"observations of {name}", dtype)
+    shapes = [tuple(each.shape) for each in tree_leaves(x)]
+    shown = shapes[0] if len(shapes) == 1 else shapes
+    if y.dim() == 0 or any(not shape or shape[0] != len(y) for shape in shapes):
+        raise ValueError(f"{name} needs one observation per input, but they have shapes {shown} and {tuple(y.shape)}")
+    if y.numel() == 0 or not all(map(torch.Size.numel, map(torch.Size, shapes))):
+        raise ValueError(f"{name} is empty: inputs have shape {shown}, observations {tuple(y.shape)}")
+    for part, tensor in [*(("input", each) for each in tree_leaves(x)), ("observation", y)]:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         bad_rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero()
@@ -56,7 +63,14 @@ def check_data(data: Data, name: str, dtype: torch.dtype = torch.float32) -> tup
     return x, y
 
 
-def _as_tensor(values: Array, name: str, dtype: torch.dtype) -> Tensor:
+def _plain(inputs: Any) -> Any:
+    """Return mappings of any kind as dictionaries, which is what torch knows how to walk through."""
+    if isinstance(inputs, Mapping):
+        return {key: _plain(value) for key, value in inputs.items()}
+    return tuple(map(_plain, inputs)) if isinstance(inputs, tuple | list) else inputs
+
+
+def _as_tensor(values: Any, name: str, dtype: torch.dtype) -> Tensor:
     """Return an array as a tensor, and a tensor as it is but without a gradient."""
     if isinstance(values, Tensor):
         if values.layout != torch.strided or values.device.type == "meta":
@@ -73,7 +87,7 @@ def _as_tensor(values: Array, name: str, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> None:
+def check_observations(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless the network takes ``x`` and every observation lies in its likelihood's support."""
     observed = _likelihood_of(model, x, y, name)
     y = y.to(next(iter(model.noise.values())).keep.device)
@@ -110,14 +124,16 @@ def check_observations(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> 
         )
 
 
-def _likelihood_of(model: NoisyNetwork, x: Tensor, y: Tensor, name: str) -> Any:
+def _likelihood_of(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> Any:
     """Return the distribution of as many observations as there are in ``y``, from the network's first output."""
     device = next(iter(model.noise.values())).keep.device
     ones = {site: torch.ones(size, device=device) for site, size in model.sizes.items()}
     own = next((f", and parameters are of {p.dtype}" for p in model.net.parameters()), "")
-    found = f"they are of shape {tuple(x.shape)} and {x.dtype}{own}"
+    shown = (f"shape {tuple(each.shape)} and {each.dtype}" for each in tree_leaves(x))
+    found = f"they are of {', '.join(shown)}{own}"
     with evaluating(model), refusing(f"the network cannot take the inputs of {name}: {found}"):
-        output = model.run(to_input(x[:1].to(device), model.net), ones)
+        one = tree_map(lambda each: to_input(each.to(device), model.net), next(batches(x, 1)))
+        output = model.run(one, ones)
     try:
         if isinstance(output, Tensor) and output.dim():
             return model.observed(output.expand(len(y), *output.shape[1:]), len(y))

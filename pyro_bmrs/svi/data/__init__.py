@@ -1,0 +1,1 @@
+"""Data of any kind, batch by batch."""
