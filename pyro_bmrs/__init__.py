@@ -48,6 +48,7 @@ from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.model.prediction import predict
+from pyro_bmrs.pipeline.prune import Pruned, prune
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.compact import compact
 from pyro_bmrs.structures.cost import (
@@ -101,6 +102,7 @@ __all__ = [
     "PostTraining",
     "PosteriorMean",
     "ProgressBar",
+    "Pruned",
     "PruningContext",
     "Random",
     "Reduction",
@@ -141,6 +143,7 @@ __all__ = [
     "precision_window",
     "predict",
     "prepare_run_folder",
+    "prune",
     "reduce",
     "reduced_posterior",
     "reference_kl_weights",

@@ -10,7 +10,7 @@ from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.masks import check_masks
 from pyro_bmrs.structures.pair import check_pair
-from pyro_bmrs.structures.points import Attachment
+from pyro_bmrs.structures.points import Attachment, noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyro_bmrs.model.guides.flat import FlatGuide
     from pyro_bmrs.model.network import NoisyNetwork
 
-__all__ = ["compact", "plain_copy", "structures_of"]
+__all__ = ["compact", "plain_copy", "structures_of", "without_noise"]
 
 
 def compact(
@@ -98,3 +98,11 @@ def _check(
                 f"the smaller network differs from the masked one by {off:.2g} of its outputs' spread: its structures "
                 "were misread; please report the architecture"
             )
+
+
+def without_noise(net: nn.Module) -> nn.Module:
+    """Return a copy of a network that has no noise, neither inside nor attached."""
+    without = plain_copy(net)
+    for point in noise_points(without).values():
+        without = replace_everywhere(without, point, nn.Identity())
+    return without

@@ -4,10 +4,10 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from pyro_bmrs.structures.compact import plain_copy, structures_of
+from pyro_bmrs.structures.compact import plain_copy, structures_of, without_noise
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
-from pyro_bmrs.structures.points import Attachment, noise_points, replace_everywhere
+from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.structures.trial import Bench, proved
 
@@ -50,10 +50,7 @@ def removable_structures(
 def _remedy(net: nn.Module, example_input: Inputs) -> str:
     """Return what to do about it in this network."""
     mask = 'to mask them only, give fit unremovable="mask"'
-    without = plain_copy(net)
-    for point in noise_points(without).values():
-        without = replace_everywhere(without, point, nn.Identity())
-    offered = list(find_structures(without, example_input))
+    offered = list(find_structures(without_noise(net), example_input))
     if not offered:
         return f"take this noise out, or {mask}"
     shown = ", ".join(map(repr, offered[:6])) + (", ..." if len(offered) > 6 else "")

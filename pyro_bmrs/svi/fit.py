@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_bmrs.checks import check_flag, check_function, check_integer, check_seed, described
+from pyro_bmrs.checks import check_flag, check_integer, check_seed, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
@@ -113,8 +113,8 @@ def fit(
             by default 50 times ``lr``: locations have to travel, weights do not. More where there are so few steps
             that they could not travel 100 nats, up to 0.5.
         kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``; by default a
-            quarter of ``epochs``, none with ``ToSize``. Without, a posterior that moves faster than the weights collapses onto its prior
-            before they have learned anything.
+            quarter of ``epochs``, none with ``ToSize``. Without, a posterior that moves faster than the weights
+            collapses onto its prior before they have learned anything.
         decay: Whether learning rates decay along the cosine; otherwise they stay as they are.
         granularity: How often noise is drawn, see ``MeanFieldELBO``.
         device: ``"auto"`` takes CUDA if there is a device.
@@ -169,14 +169,11 @@ def fit(
     check_dtypes(model, guide, fabric.strategy.precision.precision)
     if structures is not None:
         check_structures(model.net, structures)
-    if unpack is not None:
-        check_function("unpack", unpack, "from a batch to inputs and observations")
     data, held_out = check_data_sets([model], train, validation, unpack, batch_size)
     _check_streams(data, fabric, compile, resume)
     levels = len(make_plan(0, pruning, 0))
-    if isinstance(pruning, ToSize) and kl_warmup_epochs is None:
-        kl_warmup_epochs = 0
-    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, data.steps, levels, decay)
+    warm_up = 0 if kl_warmup_epochs is None and isinstance(pruning, ToSize) else kl_warmup_epochs
+    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, warm_up, data.steps, levels, decay)
     plan = make_plan(rates.noisy_epochs, pruning, rates.epochs - rates.noisy_epochs - levels)
     check_trained(model, guide, rates.epochs - rates.noisy_epochs)
     run_folder = None if folder is None else RunFolder(folder, fabric, resume)

@@ -58,7 +58,7 @@ class Steering:
         return step < self.steps and step % max(self.steps // _TURNS, 1) == 0
 
     def turn(self, step: int, multiplier: float) -> tuple[dict[str, int], float]:
-        """Remove what is due after ``step`` steps, and return how many structures those were and the next multiplier."""
+        """Remove what is due after ``step`` steps; return how many structures those were and the next multiplier."""
         off = self._off(self.pruner.supported_masks())
         removed: dict[str, int] = {}
         if step >= _FIRST_REMOVAL * self.steps and (off > -_CLOSE or step > _REMOVAL_AT_ALL_COSTS * self.steps):
