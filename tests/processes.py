@@ -11,10 +11,12 @@ from lightning_fabric import Fabric
 from nets import blobs
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmrs as bmrs
 
 SETTINGS = {"epochs": 6, "fine_tune_epochs": 3, "batch_size": 51, "lr": 1e-2, "seed": 3, "progress": False}
+LOADER_SETTINGS = {name: value for name, value in SETTINGS.items() if name != "batch_size"}
 
 
 class EveryThird(bmrs.Criterion):
@@ -74,6 +76,10 @@ def state(model, guide):
 def data(dtype=torch.float64):
     x, y = blobs(200)
     return x.to(dtype), y
+
+
+def loader():
+    return DataLoader(TensorDataset(*data()), batch_size=51, shuffle=True)
 
 
 def fit_in_turns(folder, **changes):
@@ -141,6 +147,15 @@ def two_noises(folder):
     drawn = []
     two_ranks(folder, Noted)
     save_file({"drawn": torch.stack(drawn)}, Path(folder) / f"noise{os.environ['RANK']}.safetensors")
+
+
+def two_loaders(folder):
+    """Fit in two processes to a DataLoader, whose batches they divide."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision="64-true")
+    fabric.launch()
+    model, guide = build(MedianGuide)
+    bmrs.fit(model, guide, loader(), criterion=EveryThird(), fabric=fabric, **LOADER_SETTINGS)
+    save_file(state(model, guide), Path(folder) / f"rank{fabric.global_rank}.safetensors")
 
 
 def one_dies(folder):

@@ -17,6 +17,7 @@ __all__ = ["Advice"]
 
 _HARDLY_MOVED = 0.1  # median change of the posterior's parameters, in nats and in units of log theta
 _NEARLY_ALL = 0.02  # fraction of structures left
+_FEW_STEPS = 2000  # in which weights may not have learned anything before the KL has its full weight
 _NEEDED_TRAVEL = 40.0  # nats: there and back
 _LOST_RECALL = 0.1
 _BEST_EPOCHS = 5  # whose median recall is what a class could be recognised with
@@ -56,7 +57,10 @@ class Advice:
         if left <= _NEARLY_ALL * total or not all(kept.values()):
             empty = [site for site, count in kept.items() if not count]
             of = f", none of {', '.join(map(repr, empty))}" if empty else ""
-            return [(f"only {left} of {total} structures are left{of}", f"Lower kl_weight (now {self._kl_weight()})")]
+            steps = self.rates.noisy_epochs * self.data.steps
+            more = f", or train for more steps (now {steps} with noise)" if steps < _FEW_STEPS else ""
+            turn = f"Lower kl_weight (now {self._kl_weight()}){more}"
+            return [(f"only {left} of {total} structures are left{of}", turn)]
         if self.pruner.criterion is None or left < total:
             return []
         scores = [score[score.isfinite()] for score in self.pruner.scores.values()]

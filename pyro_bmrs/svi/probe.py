@@ -10,17 +10,21 @@ from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.equality import difference
 from pyro_bmrs.structures.inputs import Inputs, first_examples, on_device, output_tensors
 
-__all__ = ["check_probe", "probe"]
+__all__ = ["check_probe", "probe", "probed"]
 
 _ROWS = 2
 _TOLERANCE = 1e-3  # of the outputs' spread: rounding of another device, and no other activation
 
 
+def probed(batch: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:
+    """Return the rows of a batch that a network is probed with."""
+    return first_examples(batch[0], _ROWS), batch[1][:_ROWS]
+
+
 @torch.no_grad()
-def probe(model: NoisyNetwork, guide: FlatGuide, batch: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
-    """Return the network's outputs for the first rows of a batch, and how likely the model finds their observations."""
-    x = on_device(first_examples(batch[0], _ROWS), guide.device, model.net)
-    y = batch[1][:_ROWS].to(guide.device)
+def probe(model: NoisyNetwork, guide: FlatGuide, rows: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
+    """Return the network's outputs for a few rows, and how likely the model finds their observations."""
+    x, y = on_device(rows[0], guide.device, model.net), rows[1].to(guide.device)
     with undisturbed(model.net), evaluating(model):
         torch.manual_seed(0)  # for networks that draw random numbers even in eval mode
         output = model.run(x, guide.mean())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyro_bmrs.checks import check_integer
 from pyro_bmrs.structures.copying import copied
@@ -16,7 +17,7 @@ from pyro_bmrs.svi.callbacks import Callback
 from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.history import History
-from pyro_bmrs.svi.probe import check_probe, probe
+from pyro_bmrs.svi.probe import check_probe, probe, probed
 from pyro_bmrs.svi.problem import check_settings
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.run_folder import RunFolder
@@ -177,6 +178,7 @@ class Run:
         """Write a checkpoint; a full disk costs the checkpoint, not the fit."""
         if self.folder is None:
             return
+        rows = {f"rows.{i}": each for i, each in enumerate(tree_leaves(probed(self.trainer.data.first)))}
         of_fit = {"position": self.position, "seconds": self.seconds, "settings": self.settings}
         state = join(
             {
@@ -186,7 +188,7 @@ class Run:
                 "trainer": self.trainer.state(),
                 "pruner": self.pruner.state(),
                 "history": self.history.state(),
-                "probe": State(self._probe()),
+                "probe": State({**rows, **probe(self.model, self.guide, probed(self.trainer.data.first))}),
             }
         )
         if not self.trainer.fabric.is_global_zero:
@@ -223,14 +225,18 @@ class Run:
             module.load_state_dict(tensors)
         for each, name in ((self.pruner, "pruner"), (self.history, "history"), (self.trainer, "trainer")):
             each.restore(part(state, name))
-        check_probe(self._probe(), part(state, "probe").tensors)
+        self._check_probe(part(state, "probe").tensors)
         self.position, self._seconds_before = position, float(of_fit.info["seconds"])
         if not (math.isfinite(self._seconds_before) and len(self.history.entries) <= position):
             raise ValueError("its history is none of this fit")
         self._saved_at = len(self.history.entries)
 
-    def _probe(self) -> dict[str, Tensor]:
-        return probe(self.model, self.guide, self.trainer.data.first)
+    def _check_probe(self, then: dict[str, Tensor]) -> None:
+        """Raise ``ValueError`` unless the network does to a checkpoint's rows what it did when that was written."""
+        leaves, structure = tree_flatten(probed(self.trainer.data.first))
+        rows = tree_unflatten([then[f"rows.{i}"].to(leaf.dtype) for i, leaf in enumerate(leaves)], structure)
+        outputs = {name: tensor for name, tensor in then.items() if not name.startswith("rows.")}
+        check_probe(probe(self.model, self.guide, rows), outputs)
 
     def _last_good(self) -> str:
         if not self._saved_at or self.folder is None:

@@ -40,6 +40,8 @@ def make_source(
     """
     if isinstance(data, TensorDataset) and (unpack is not None or len(data.tensors) == 2):
         data = data.tensors
+    if isinstance(data, list | tuple | Mapping) and not data:
+        raise ValueError(f"{name} is empty: {described(data)} of length 0")
     if isinstance(data, tuple | Mapping) or (isinstance(data, list) and not _is_list_of_batches(data)):
         x, y = as_tensors(*unpacked(data, unpack, name), name, dtype)
         return InMemory(x, y, name, batch_size or _default_batch_size(len(y)))

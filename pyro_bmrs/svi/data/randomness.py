@@ -21,7 +21,8 @@ def drawing_apart(batches: Iterable[T], seed: int) -> Iterator[T]:
     outside = _states()
     _seed(seed)
     try:
-        iterator = iter(batches)
+        iterator = iter(batches)  # which may draw as well, and more where a loader takes up a state that it was given
+        _seed(seed)
     finally:
         inside = _states()
         _set(outside)

@@ -2,12 +2,13 @@
 
 import copy
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, SequentialSampler, SubsetRandomSampler
 
 from pyro_bmrs.checks import described
@@ -93,7 +94,8 @@ class DatasetStream(_Stream):
 
     def shuffled(self, order: Generator, fabric: "Fabric") -> Iterator[tuple[Batch, float]]:
         world, rank = fabric.world_size, fabric.global_rank
-        seed, permutation = _seed(order), torch.randperm(self.size, generator=order)
+        permutation = torch.randperm(self.size, generator=order)
+        seed = zlib.crc32(permutation.numpy().tobytes())  # which leaves the order as it is for tensors
         whole = permutation.tensor_split(self.steps)
         mine = [batch.tensor_split(world)[rank] for batch in whole]
         for batch, joint in zip(self._pass(self._loader([m.tolist() for m in mine]), seed), whole, strict=True):
@@ -150,6 +152,12 @@ class LoaderStream(_Stream):
         with _undisturbed(self.loader):
             yield from self._pass(self.loader, _PEEK_SEED)
 
+    def fingerprint(self) -> Any:
+        if not hasattr(self.loader, "load_state_dict"):
+            return super().fingerprint()
+        shapes = [(each.shape[1:], each.dtype) for each in tree_leaves(self.first)]
+        return [type(self).__name__, self.size, self.steps, fingerprint(shapes)]  # its first batch may be any
+
     def state(self) -> State:
         tensors = {f"generator.{i}": each.get_state() for i, each in enumerate(_generators(self.loader))}
         info: dict[str, Any] = {"epochs": self._epochs}
@@ -159,10 +167,12 @@ class LoaderStream(_Stream):
 
     def restore(self, state: State) -> None:
         self._epochs = state.info["epochs"]
-        for i, each in enumerate(_generators(self.loader)):
-            each.set_state(state.tensors[f"generator.{i}"].cpu())
         if hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(_read(state.info["loader"], state.tensors))
+            with torch.random.fork_rng([]):
+                iter(self.loader)  # torchdata's takes its state up here, and draws from its generator as it does so
+        for i, each in enumerate(_generators(self.loader)):
+            each.set_state(state.tensors[f"generator.{i}"].cpu())
 
 
 class _undisturbed:  # noqa: N801  (a context manager)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from nets import blobs, small_classifier
-from processes import SETTINGS, EveryThird, MedianGuide, build, data, state
+from processes import LOADER_SETTINGS, SETTINGS, EveryThird, MedianGuide, build, data, loader, state
 from safetensors.torch import load_file
 
 import pyro_bmrs as bmrs
@@ -37,6 +37,15 @@ def test_two_processes_train_to_the_parameters_of_one_with_the_joint_batch(tmp_p
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9, msg=name)
     assert [int(mask.sum()) for mask in model.masks.values()] == [10, 8]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+def test_two_processes_divide_the_batches_of_a_loader(tmp_path):
+    torchrun("two_loaders", tmp_path)
+    model, guide = build(MedianGuide)
+    bmrs.fit(model, guide, loader(), criterion=EveryThird(), precision="64-true", **LOADER_SETTINGS)
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"rank{rank}.safetensors")
+        torch.testing.assert_close(found, state(model, guide), rtol=0, atol=1e-9)
 
 
 def test_every_rank_draws_its_own_noise_and_ends_with_the_same_parameters(tmp_path):
