@@ -41,6 +41,10 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once: one to five minutes"
+	@date +%s > $(VENV).started
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installed in $$(($$(date +%s) - $$(cat $(VENV).started))) s"
+	@rm -f $(VENV).started
 	touch $@

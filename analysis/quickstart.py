@@ -20,6 +20,7 @@ from analysis.dense import accuracy, outputs, train_dense
 from analysis.run import draw_figures, evaluate, format_table, save_run
 from models import lenet5, mlp
 from pyro_bmrs.io.files import write_json
+from pyro_bmrs.pipeline.comparison import paired_change
 from pyro_bmrs.svi.devices import resolve_device
 
 __all__ = ["Quickstart", "main"]
@@ -71,13 +72,21 @@ def main(config: Quickstart) -> dict[str, object]:
     folder = bmrs.prepare_run_folder(folder, config.overwrite, config.resume)
     if config.resume and (folder / "results.json").exists():
         results: dict[str, object] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        print(f"{folder} is finished, nothing to do:\n\n{format_table(results)}")
+        print(f"{folder} is finished, nothing to do:\n\n{format_table(results)}\n\n{_where(folder)}")
         return results
     kl_weight = _KL_WEIGHTS[config.network] if config.kl_weight is None else config.kl_weight
     config = replace(config, kl_weight=kl_weight)
     write_json(folder / "config.json", {**asdict(config), "output": str(folder)})
     torch.set_num_threads(config.threads)
     split = digits()
+    started = time.perf_counter()
+    print(
+        f"{config.network} with noise on every neuron and filter, {len(split.train[0]):,} images of handwritten digits "
+        f"(scikit-learn's):\n{config.epochs} epochs with noise, from which the model evidence says what the data need; "
+        f"{config.fine_tune_epochs} without; then the\nsame network without pruning, to compare. Everything goes to "
+        f"{folder}",
+        flush=True,
+    )
     torch.manual_seed(config.seed)
     net = _build(config.network, split.train[0])
     dense = copy.deepcopy(net)
@@ -105,15 +114,17 @@ def main(config: Quickstart) -> dict[str, object]:
     )
 
     print(f"dense {config.network}, without noise, {config.epochs + config.fine_tune_epochs} epochs ...", flush=True)
-    started = time.perf_counter()
+    dense_started = time.perf_counter()
     device = resolve_device(config.device)
     train = (split.train[0].to(device), split.train[1].to(device))
     train_dense(
         dense.to(device), train, config.epochs + config.fine_tune_epochs, config.batch_size, config.lr, config.seed
     )
-    dense_seconds = time.perf_counter() - started
+    dense_seconds = time.perf_counter() - dense_started
 
     pruned = bmrs.compact(model, guide, None, split.validation[0][:8])
+    x, y = (part.to(device) for part in split.test)
+    right = [(outputs(net.eval(), x).argmax(-1) == y).double().cpu() for net in (dense, pruned)]
     results = {
         "dataset": "digits",
         "network": config.network,
@@ -121,14 +132,26 @@ def main(config: Quickstart) -> dict[str, object]:
         "seed": config.seed,
         "epochs": config.epochs + config.fine_tune_epochs,
         **evaluate(dense, model, guide, pruned, result.masks, split),
-        "accuracy_test_dense": accuracy(outputs(dense, split.test[0].to(device)), split.test[1].to(device)),
+        "accuracy_test_dense": float(right[0].mean()),
+        "accuracy_test_change": paired_change(*right),
         "seconds": result.seconds,
         "seconds_dense": dense_seconds,
     }
     save_run(folder, results, model, guide, pruned)
-    draw_figures(folder, model, guide, result.history, config.prior_log_odds)
-    print(f"\n{format_table(results)}\n\neverything about this run: {folder}")
+    x, y = (part.to(device) for part in split.validation)
+    draw_figures(folder, model, guide, result.history, config.prior_log_odds, accuracy(outputs(dense, x), y))
+    print(f"\n{format_table(results)}\n\n{_where(folder)}\n{time.perf_counter() - started:.0f} s in all")
     return results
+
+
+def _where(folder: Path) -> str:
+    """Return what a run leaves, and how to go on with it."""
+    return (
+        f"figures       {folder}/figures/*.png\n"
+        f"the network   pyro_bmrs.load('{folder}/pruned')\n"
+        f"its posterior arviz.from_netcdf('{folder}/posterior.nc')\n"
+        f"all numbers   {folder}/results.json, and {folder}/metrics.jsonl by epoch"
+    )
 
 
 def _build(network: str, images: torch.Tensor) -> nn.Module:

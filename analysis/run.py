@@ -17,6 +17,7 @@ import pyro_bmrs as bmrs
 from analysis.data import Split
 from analysis.dense import accuracy, outputs
 from pyro_bmrs.io.files import write_json
+from pyro_bmrs.pipeline.tables import cost_table, structure_table
 from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["compare", "draw_figures", "evaluate", "format_table", "save_run", "short_history"]
@@ -103,24 +104,23 @@ def draw_figures(
     guide: bmrs.TruncatedLogNormalGuide,
     history: list[dict[str, Any]],
     prior_log_odds: float,
+    dense: float | None = None,
 ) -> list[Path]:
-    """Draw the five figures of a run into ``folder/figures`` and return their paths."""
+    """Draw the five figures of a run into ``folder/figures`` and return their paths.
+
+    ``dense`` is the dense network's validation accuracy.
+    """
     mpl.use("Agg")
     delta_f = bmrs.evidence_changes(guide)
     masks = {site: layer.original_keep for site, layer in model.noise.items()}
     posteriors = guide.posterior().items()
     snr = {site: model.noise[site].in_original(posterior.snr.detach(), math.nan) for site, posterior in posteriors}
-    site, original = _closest_to_the_line(delta_f, prior_log_odds)
-    index = model.noise[site].index.tolist().index(original)
-    posterior, prior = guide.posterior()[site], guide.prior()[site]
-    q = bmrs.TruncatedLogNormal(*(getattr(posterior, name)[index].detach() for name in posterior.arg_constraints))
-    p = bmrs.LogUniform(prior.log_low[index], prior.log_high[index])
     figures = {
-        "reduction": lambda: bmrs.plot_reduction(q, p, bmrs.spike(p)),
+        "reduction": lambda: _draw_reductions(model, guide, delta_f, masks),
         "forest": lambda: bmrs.plot_forest(guide),
         "evidence": lambda: bmrs.plot_evidence(delta_f, masks, prior_log_odds),
-        "evidence_snr": lambda: bmrs.plot_evidence_snr(delta_f, snr, prior_log_odds),
-        "history": lambda: bmrs.plot_history(history),
+        "evidence_snr": lambda: bmrs.plot_evidence_snr(delta_f, snr, prior_log_odds, masks=masks),
+        "history": lambda: bmrs.plot_history(history, dense=dense),
     }
     paths = []
     for name, draw in figures.items():
@@ -131,28 +131,46 @@ def draw_figures(
     return paths
 
 
-def _closest_to_the_line(delta_f: dict[str, torch.Tensor], prior_log_odds: float) -> tuple[str, int]:
-    """Return the structure that the evidence finds hardest to judge, the most telling one to look at."""
-    distances = {site: (values + prior_log_odds).abs().nan_to_num(math.inf).min(0) for site, values in delta_f.items()}
-    site = min(distances, key=lambda name: float(distances[name].values))
-    return site, int(distances[site].indices)
+def _draw_reductions(
+    model: bmrs.NoisyNetwork,
+    guide: bmrs.TruncatedLogNormalGuide,
+    delta_f: dict[str, torch.Tensor],
+    masks: dict[str, torch.Tensor],
+) -> Any:
+    """Draw the structure that is most clearly removed beside one that is clearly kept, and return an axes of these."""
+    present = {site: layer.index for site, layer in model.noise.items()}
+    known = [
+        (float(delta_f[site][i]), site, int(i), bool(masks[site][i]))
+        for site in delta_f
+        for i in present[site].tolist()
+    ]
+    chosen = [max(gone) for gone in [[each for each in known if not each[3]]] if gone]
+    kept = sorted(each for each in known if each[3])
+    chosen += kept[len(kept) // 2 : len(kept) // 2 + 1]
+    _, axes = plt.subplots(1, len(chosen), figsize=(5.5 * len(chosen), 4), layout="constrained", squeeze=False)
+    for ax, (_, site, original, is_kept) in zip(axes[0], chosen, strict=True):
+        index = present[site].tolist().index(original)
+        posterior, prior = guide.posterior()[site], guide.prior()[site]
+        q = bmrs.TruncatedLogNormal(*(getattr(posterior, name)[index].detach() for name in posterior.arg_constraints))
+        p = bmrs.LogUniform(prior.log_low[index], prior.log_high[index])
+        layer = site.removesuffix(".theta").removesuffix("_noise")
+        bmrs.plot_reduction(
+            q, p, bmrs.spike(p), ax, f"{layer}, structure {original}: {'kept' if is_kept else 'removed'}"
+        )
+    return axes[0][0]
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """Return the table that ends a run."""
-    lines = [f"{'layer':<22}{'structures':>12}{'kept':>12}{'kept %':>10}", "-" * 56]
-    for layer, size in results["structures"].items():
-        kept = results["kept"][layer]
-        lines.append(f"{layer.removesuffix('_noise'):<22}{size:>12,}{kept:>12,}{100 * kept / size:>9.1f}%")
-    lines += ["", f"{'':<22}{'dense':>12}{'pruned':>12}{'change':>10}", "-" * 56]
-    for name, key, form in (
-        ("parameters", "params", ",.0f"),
-        ("FLOPs an image", "flops", ",.0f"),
-        (f"ms a batch of {results['latency_batch']}", "latency", ".2f"),
-    ):
-        suffix = "_ms" if key == "latency" else ""
-        before, after = (results[f"{key}_{which}{suffix}"] for which in ("dense", "pruned"))
-        lines.append(f"{name:<22}{before:>12{form}}{after:>12{form}}{100 * (after / before - 1):>9.1f}%")
-    before, after = 100 * results["accuracy_test_dense"], 100 * results["accuracy_test"]
-    lines.append(f"{'test accuracy %':<22}{before:>12.2f}{after:>12.2f}{after - before:>+10.2f}")
-    return "\n".join(lines)
+    """Return the tables that end a run."""
+    sizes, kept = (
+        {layer.removesuffix("_noise"): count for layer, count in results[key].items()} for key in ("structures", "kept")
+    )
+    latency = results["latency_dense_ms"], results["latency_pruned_ms"]
+    accuracies = 100 * results["accuracy_test_dense"], 100 * results["accuracy_test"]
+    rows = [
+        ("parameters", results["params_dense"], results["params_pruned"], ",.0f", ""),
+        ("FLOPs an image", results["flops_dense"], results["flops_pruned"], ",.0f", ""),
+        (f"ms a batch of {results['latency_batch']}", *latency, ".2f", ""),
+        ("test accuracy %", *accuracies, ".2f", results["accuracy_test_change"]),
+    ]
+    return f"{structure_table(sizes, kept)}\n\n{cost_table(rows)}"

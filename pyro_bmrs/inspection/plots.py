@@ -19,14 +19,19 @@ from pyro_bmrs.model.guides.flat import FlatGuide
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
 
 # Okabe and Ito's colours, told apart by everyone.
-KEPT, REMOVED, NEUTRAL = "#0072B2", "#D55E00", "#555555"
+KEPT, REMOVED, BY_ODDS, NEUTRAL = "#0072B2", "#D55E00", "#E69F00", "#555555"
+_BARE_MENTION = 1.1  # nats: "not worth more than a bare mention" (Kass and Raftery, 1995)
 _LOG_THETA = r"$\log\,\theta$ (nats)"
 _DELTA_F = r"evidence change $\Delta F$ (nats, symmetric log)"
 
 
 @torch.no_grad()
 def plot_reduction(
-    posterior: Distribution, prior: Distribution, reduced_prior: Distribution, ax: Axes | None = None
+    posterior: Distribution,
+    prior: Distribution,
+    reduced_prior: Distribution,
+    ax: Axes | None = None,
+    name: str = "",
 ) -> Axes:
     r"""Draw posterior, prior and reduced prior of one structure, and what the evidence says (the paper's figure 1).
 
@@ -35,6 +40,7 @@ def plot_reduction(
         prior: Its prior.
         reduced_prior: The prior that would remove the structure.
         ax: Axes to draw on; new ones by default.
+        name: What to call the structure in the title.
 
     Raises:
         TypeError: If one of the three is no distribution, or ``ax`` no axes.
@@ -46,11 +52,11 @@ def plot_reduction(
         raise ValueError(
             f"plot_reduction draws one structure, but the distributions have batch_shape {tuple(shape)}: index them"
         )
-    for name, each in (("posterior", posterior), ("prior", prior), ("reduced_prior", reduced_prior)):
+    for argument, each in (("posterior", posterior), ("prior", prior), ("reduced_prior", reduced_prior)):
         if not isinstance(each, LogUniform | TruncatedLogNormal):
             raise NotImplementedError(
                 f"plot_reduction draws densities of log(theta) between the bounds of LogUniform and TruncatedLogNormal "
-                f"distributions, but {name} is {described(each)}"
+                f"distributions, but {argument} is {described(each)}"
             )
     ax = _axes(ax)
     posterior, prior, reduced_prior = (_on_cpu(each) for each in (posterior, prior, reduced_prior))
@@ -61,7 +67,7 @@ def plot_reduction(
     grid = torch.cat([torch.log(d.icdf(probabilities).double()) for d in (posterior, prior, reduced_prior)])
     grid = torch.cat([grid, torch.linspace(low, high, 2000, dtype=torch.float64)]).clamp(low, high).sort().values
     peak = 0.0
-    for name, distribution, colour in (
+    for label, distribution, colour in (
         ("posterior", posterior, KEPT),
         ("prior", prior, NEUTRAL),
         ("reduced prior", reduced_prior, REMOVED),
@@ -69,16 +75,17 @@ def plot_reduction(
         density = _log_theta_density(distribution, grid)
         if distribution is not reduced_prior:
             peak = max(peak, float(density.max()))
-        ax.plot(grid, density, color=colour, label=name, linewidth=1.8)
+        style = "--" if distribution is prior else "-"  # a posterior that has collapsed lies on it
+        ax.plot(grid, density, color=colour, label=label, linewidth=1.8, linestyle=style)
         ax.fill_between(grid, 1e-12, density, color=colour, alpha=0.15, linewidth=0)
     ax.set_yscale("log")
     ax.set_ylim(1e-4, 10 * peak)
     ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     ax.set_xlabel(_LOG_THETA)
     ax.set_ylabel(r"density of $\log\,\theta$ (1/nat, log scale)")
-    ax.set_title(
-        rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {'favours' if delta_f >= 0 else 'is against'} removal"
-    )
+    verdict = "favours" if delta_f >= 0 else "is hardly against" if delta_f > -_BARE_MENTION else "is against"
+    title = rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {verdict} removal"
+    ax.set_title(f"{name}\n{title}" if name else title, fontsize=10)
     ax.legend(frameon=False)
     return ax
 
@@ -113,7 +120,10 @@ def _log_quantiles(posterior: Any, probabilities: Sequence[float]) -> list[Tenso
 
 @torch.no_grad()
 def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) -> Axes:
-    r"""Draw median and central interval of every structure's :math:`\log\theta`, by layer, sorted within it.
+    r"""Draw median and central interval of every kept structure's :math:`\log\theta`, by layer, sorted within it.
+
+    Those that have been removed are one band for each layer, from the lowest to the highest of their intervals: they
+    have collapsed, and differ in nothing.
 
     Args:
         guide: The fitted guide, of noise that is positive.
@@ -131,23 +141,32 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
     ax = _axes(ax, figsize=(7, 9))
     tail = (1 - mass) / 2
     keep = guide.split(guide.keep)
+    kept = {site: mask.cpu() for site, mask in keep.items()}
+    band = max(sum(int(mask.sum()) for mask in kept.values()) // (8 * len(kept)), 2)  # rows
     row, ticks = 0, {}
     for site, posterior in guide.posterior().items():
         low, median, high = _log_quantiles(posterior, (tail, 0.5, 1 - tail))
-        order = median.argsort(descending=True)
+        mask, first = kept[site], row
+        order = median[mask].argsort(descending=True)
         rows = row + np.arange(len(order))
-        colours = [KEPT if kept else REMOVED for kept in keep[site][order]]
-        ax.hlines(rows, low[order], high[order], colors=colours, linewidth=0.9, alpha=0.6)
-        ax.scatter(median[order], rows, c=colours, s=4, zorder=3)
-        ticks[_layer(site)] = rows.mean()
-        row += len(order) + 4
-        ax.axhline(row - 2.5, color="0.85", linewidth=0.6)
+        ax.hlines(rows, low[mask][order], high[mask][order], colors=KEPT, linewidth=0.9, alpha=0.6)
+        ax.scatter(median[mask][order], rows, color=KEPT, s=4, zorder=3)
+        row += len(order) + 1
+        if not bool(mask.all()):
+            lowest, highest = float(low[~mask].min()), float(high[~mask].max())
+            ax.fill_between([lowest, highest], row, row + band, color=REMOVED, alpha=0.3, linewidth=0)
+            centre = (row + band / 2, (lowest + highest) / 2)
+            ax.text(centre[1], centre[0], f"{int((~mask).sum())} removed", ha="center", va="center", fontsize=7)
+            row += band + 1
+        ticks[f"{_layer(site)}\n{int(mask.sum())} of {len(mask)}"] = (first + row - 1) / 2
+        row += 2
+        ax.axhline(row - 1.5, color="0.85", linewidth=0.6)
     ax.set_yticks(list(ticks.values()), list(ticks))
-    ax.set_ylim(row - 2, -2)
+    ax.set_ylim(row - 1, -2)
     ax.set_xlabel(_LOG_THETA)
-    ax.set_ylabel("layer, one row per structure")
+    ax.set_ylabel("layer, one row per structure that is kept")
     ax.set_title(f"posterior median and {100 * mass:.0f} % interval", loc="right", fontsize=10)
-    _legend(ax)
+    _legend(ax, {"kept": KEPT, "removed": REMOVED})
     return ax
 
 
@@ -158,6 +177,9 @@ def plot_evidence(
     ax: Axes | None = None,
 ) -> Axes:
     r"""Draw :math:`\Delta F` of every structure by layer, with the decision line.
+
+    What is removed has one of two causes: the evidence favours it, :math:`\Delta F \ge 0`, or the prior odds outweigh
+    the little that the evidence has against it. The colours tell them apart.
 
     Args:
         delta_f: Evidence change of each site's structures, in nats, as from ``evidence_changes``; NaN, where a
@@ -180,14 +202,18 @@ def plot_evidence(
     for column, (site, values) in enumerate(delta_f.items()):
         kept = masks[site].cpu().numpy()
         jitter = generator.uniform(-0.3, 0.3, len(kept))
-        ax.scatter(column + jitter, values.cpu(), c=np.where(kept, KEPT, REMOVED), s=12, alpha=0.7, linewidth=0)
+        colours = np.where(kept, KEPT, np.where(values.cpu().numpy() >= 0, REMOVED, BY_ODDS))
+        ax.scatter(column + jitter, values.cpu(), c=colours, s=12, alpha=0.7, linewidth=0)
     ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
+    ax.axhline(0, color="0.7", linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1)
+    _show_all(ax, delta_f)
     labels = [f"{_layer(site)}\n{int(masks[site].sum())} of {len(values)} kept" for site, values in delta_f.items()]
     ax.set_xticks(range(len(delta_f)), labels)
     ax.set_xlabel("layer, one point per structure")
     ax.set_ylabel(_DELTA_F)
-    _legend(ax, line=f"decision line, {-prior_log_odds:.2g} nats")
+    causes = {"kept": KEPT, "removed by the evidence": REMOVED, "removed by the prior odds": BY_ODDS}
+    _legend(ax, causes, line=f"decision line, {-prior_log_odds:.2g} nats")
     return ax
 
 
@@ -196,6 +222,7 @@ def plot_evidence_snr(
     snr: Mapping[str, Tensor],
     prior_log_odds: float = 0.0,
     ax: Axes | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Axes:
     r"""Draw :math:`\Delta F` against the signal-to-noise ratio, with both criteria's decision lines.
 
@@ -206,6 +233,7 @@ def plot_evidence_snr(
             network: ``guide.noise[site].in_original(snr, math.nan)``.
         prior_log_odds: The evidence criterion's; its line is at minus that.
         ax: Axes to draw on; new ones by default.
+        masks: True = kept, drawn full; what is removed is drawn hollow. By default what lies below the line is kept.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -214,35 +242,39 @@ def plot_evidence_snr(
     delta_f = _by_site("delta_f", delta_f)
     snr = _by_site("snr", snr, like=delta_f)
     check_number("prior_log_odds", prior_log_odds, positive=False)
+    if masks is None:
+        masks = {site: values + prior_log_odds < 0 for site, values in delta_f.items()}
+    masks = _by_site("masks", masks, like=delta_f, dtype=torch.bool)
     ax = _axes(ax)
     palette = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(delta_f)))
     markers = "osD^vP*X"
     for i, (site, values) in enumerate(delta_f.items()):
-        ax.scatter(
-            snr[site].detach().cpu(), values.cpu(), color=palette[i], marker=markers[i % len(markers)],
-            s=16, alpha=0.7, linewidth=0, label=_layer(site),
-        )  # fmt: skip
+        for kept, face in ((True, palette[i]), (False, "none")):
+            chosen = masks[site] == kept
+            ax.scatter(
+                snr[site][chosen], values[chosen], facecolor=face, edgecolor=palette[i],
+                marker=markers[i % len(markers)], s=22, alpha=0.8, linewidth=0.7, label=_layer(site) if kept else None,
+            )  # fmt: skip
     ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
     ax.axvline(1.0, color="black", linewidth=1, linestyle=":")
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=1)
-    highest = max(
-        (float(values[values.isfinite()].max()) for values in delta_f.values() if values.isfinite().any()), default=1.0
-    )
-    ax.set_ylim(top=2 * max(1.0, highest))
+    _show_all(ax, delta_f)
     ax.set_xlabel("signal-to-noise ratio, mean / standard deviation (log scale)")
     ax.set_ylabel(_DELTA_F)
-    ax.set_title("dashed: evidence decision line, dotted: SNR = 1", fontsize=9)
+    ax.set_title("full: kept, hollow: removed; dashed: evidence decision line, dotted: SNR = 1", fontsize=9)
     ax.legend(frameon=False)
     return ax
 
 
-def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
-    """Draw compression and, where there is validation data, accuracy or log likelihood over the epochs.
+def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, dense: float | None = None) -> Axes:
+    """Draw compression and, where there is validation data, accuracy, RMSE or log likelihood over the epochs.
 
     Args:
         history: ``FitResult.history``.
-        ax: Axes to draw on; new ones by default. The second quantity gets an axis of its own on the right.
+        ax: Axes to draw on; new ones by default. Accuracy shares the scale of the compression, in percent; any other
+            quantity gets an axis of its own on the right.
+        dense: The same quantity of the dense network, to draw as a line; an accuracy as a fraction.
 
     Raises:
         TypeError: If it is no sequence of records.
@@ -255,19 +287,26 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -
         raise ValueError("the history is empty: fit for at least one epoch")
     ax = _axes(ax)
     epochs = [entry["epoch"] for entry in history]
-    ax.plot(epochs, [100 * entry["compression"] for entry in history], color=REMOVED, label="compression")
-    ax.set_ylim(0, 100)
+    ax.plot(epochs, [100 * entry["compression"] for entry in history], color=REMOVED, label="parameters removed")
+    ax.set_ylim(0, 103)
     ax.set_xlabel("epoch")
-    ax.set_ylabel("parameters removed (%)", color=REMOVED)
-    for key, label, factor in (
-        ("accuracy_validation", "validation accuracy (%)", 100),
-        ("log_likelihood_validation", "validation log likelihood (nats an example)", 1),
+    ax.set_ylabel("%")
+    for key, label in (
+        ("accuracy_validation", "validation accuracy"),
+        ("rmse_validation", "validation RMSE"),
+        ("log_likelihood_validation", "validation log likelihood (nats an example)"),
     ):
         if key in history[-1]:
-            right = ax.twinx()
-            right.plot(epochs, [factor * entry[key] for entry in history], color=KEPT, linestyle="--")
-            right.set_ylabel(label, color=KEPT)
+            percent = key == "accuracy_validation"
+            own, factor = (ax, 100) if percent else (ax.twinx(), 1)
+            own.plot(epochs, [factor * entry[key] for entry in history], color=KEPT, linestyle="--", label=label)
+            if dense is not None:
+                own.axhline(factor * dense, color=NEUTRAL, linewidth=1, linestyle=":", label="the dense network's")
+            if not percent:
+                own.set_ylabel(label, color=KEPT)
+                own.legend(frameon=False, fontsize=8, loc="lower right")
             break
+    ax.legend(frameon=False, fontsize=8, loc="center right")
     noisy = sum(entry["phase"] == "noisy" for entry in history)
     if noisy < len(history):
         ax.axvspan(noisy + 0.5, len(history) + 0.5, color="0.93", zorder=0)
@@ -303,13 +342,22 @@ def _by_site(
     return {site: each.detach().cpu() for site, each in values.items()}
 
 
+def _show_all(ax: Axes, delta_f: Mapping[str, Tensor]) -> None:
+    """Leave room above and below all values on a symmetric logarithmic axis."""
+    finite = torch.cat([values[values.isfinite()] for values in delta_f.values()])
+    if len(finite):
+        ax.set_ylim(2 * min(-1.0, float(finite.min())), 2 * max(1.0, float(finite.max())))
+
+
 def _layer(site: str) -> str:
     return site.removesuffix(".theta").removesuffix("_noise")
 
 
-def _legend(ax: Axes, line: str | None = None) -> None:
-    for name, colour in (("kept", KEPT), ("removed", REMOVED)):
+def _legend(ax: Axes, colours: Mapping[str, str], line: str | None = None) -> None:
+    for name, colour in colours.items():
         ax.scatter([], [], color=colour, s=16, label=name)
     if line is not None:
         ax.plot([], [], color="black", linestyle="--", linewidth=1, label=line)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    ax.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, fontsize=8, columnspacing=1
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from pyro_bmrs.io.files import AtomicFile
+from pyro_bmrs.svi.result import validation_figure
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -43,7 +44,7 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """A bar for epochs: in a terminal, in a notebook, and as a line every ten seconds in a log file."""
+    """A bar for epochs, in a terminal, in a notebook, and as a line every ten seconds in a log file; then one line."""
 
     def on_start(self, epochs: int, history: list[Record]) -> None:
         interval = 0.1 if sys.stderr.isatty() else 10
@@ -51,10 +52,13 @@ class ProgressBar(Callback):
 
     def on_epoch_end(self, record: Record) -> None:
         shown = {"loss": f"{record['loss']:.3g}", "removed": f"{100 * record['compression']:.1f} %"}
-        if "accuracy_validation" in record:
-            shown["accuracy"] = f"{100 * record['accuracy_validation']:.2f} %"
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix({**shown, **validation_figure(record)}, refresh=False)
         self._bar.update()
+
+    def on_end(self, result: "FitResult") -> None:
+        self._bar.refresh()
+        self._bar.close()
+        tqdm.write(str(result), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -314,5 +314,5 @@ def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar
 
 def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the means of the numbers that the progress bar shows."""
-    shown = ("loss", "compression", "accuracy_validation")
+    shown = ("loss", "compression", "accuracy_validation", "rmse_validation", "log_likelihood_validation")
     return {name: statistics.fmean(record[name] for record in records) for name in shown if name in records[0]}

@@ -1,11 +1,12 @@
 """What a fit returns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["FitResult", "FitWarning"]
+__all__ = ["FitResult", "FitWarning", "validation_figure"]
 
 
 class FitWarning(UserWarning):
@@ -14,7 +15,7 @@ class FitWarning(UserWarning):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What ``fit`` returns; the model and the guide themselves are fitted in place.
+    """What ``fit`` returns; the model and the guide themselves are fitted in place. ``print`` gives a line.
 
     Attributes:
         masks: For each site a bool tensor of shape ``(size,)``, True = kept, in the numbering of the network that was
@@ -23,7 +24,9 @@ class FitResult:
             removed where >= 0. Empty if nothing was judged.
         history: One record per epoch: ``epoch``, ``phase``, ``loss`` (nats per example), ``kl`` (nats), ``kl_weight``,
             ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
-            ``log_likelihood_validation`` (nats per example) and, for class labels, ``accuracy_validation``.
+            ``log_likelihood_validation`` (nats per example); for labels ``accuracy_validation``, and for one label an
+            example ``recall_validation``, the accuracy on each class (None where it has no examples); for numbers
+            ``rmse_validation``.
         seconds: Wall time of the whole fit, all sessions of a resumed one together.
     """
 
@@ -31,6 +34,22 @@ class FitResult:
     scores: dict[str, Tensor]
     history: list[dict[str, Any]]
     seconds: float
+
+    def __str__(self) -> str:
+        total = sum(len(mask) for mask in self.masks.values())
+        left = sum(int(mask.sum()) for mask in self.masks.values())
+        text = (
+            f"{len(self.history)} epochs in {self.seconds:.0f} s: {100 * self.compression:.1f} % of the parameters "
+            f"removed, {left:,} of {total:,} structures left"
+        )
+        last = self.history[-1] if self.history else {}
+        for name, value in validation_figure(last).items():
+            text += f", validation {name} {value}"
+        recall = [(each, label) for label, each in enumerate(last.get("recall_validation", [])) if each is not None]
+        if len(recall) > 1:
+            lowest, label = min(recall)
+            text += f", lowest on class {label} with {100 * lowest:.1f} %"
+        return text
 
     @property
     def kl_weight(self) -> float:
@@ -41,3 +60,15 @@ class FitResult:
     def compression(self) -> float:
         """Fraction of the trainable weights and biases that the masks remove."""
         return self.history[-1]["compression"] if self.history else 0.0
+
+
+def validation_figure(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the one figure that says how good an epoch's network is, by name, if there is validation data."""
+    for key, name, form in (
+        ("accuracy_validation", "accuracy", "{:.2%}"),
+        ("rmse_validation", "RMSE", "{:.4g}"),
+        ("log_likelihood_validation", "log likelihood", "{:.4g}"),
+    ):
+        if key in record:
+            return {name: form.format(record[key]).replace("%", " %")}
+    return {}
