@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from analysis.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
-from analysis.tradeoff import panels, seed_groups, summarise, tradeoff
+from analysis.tradeoff import of_summary, panels, seed_groups, summarise, summary, tradeoff
 
 __all__ = ["Figures", "draw", "load_results", "main", "post_training", "precision_sweep", "rank_heatmaps"]
 
@@ -84,6 +84,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     chosen: dict[str, tuple[Callable[[Results], Figure], Results]] = {}
     continuous = [result for result in results if result["config"].get("pruning", "continuous") == "continuous"]
     chosen["tradeoff"] = tradeoff, [result for result in continuous if result["config"]["method"] in METHODS]
+    chosen["summary"] = summary, of_summary(continuous)
     for recipe in sorted({result["config"].get("recipe", "") for result in results}):
         own = [result for result in results if result["config"].get("recipe", "") == recipe]
         known = [result for result in own if result["config"]["method"] in METHODS]  # not BMRS_U of any p1

@@ -11,10 +11,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from analysis.config import PEERS
 from analysis.figure_style import METHODS, is_left, panel_grid, panel_order, panel_title
 from analysis.published import Point, published
 
-__all__ = ["panels", "seed_groups", "summarise", "tradeoff"]
+__all__ = ["of_summary", "panels", "seed_groups", "summarise", "summary", "tradeoff"]
 
 Results = Sequence[Mapping[str, Any]]
 # Where ticks may be, the most welcome first: parameters left, and accuracy, in %.
@@ -23,12 +24,41 @@ _TICKS_ACCURACY = [[number * step for number in range(round(100 / step))] for st
 _STRIP = 0.12  # of a panel's height, for networks that have collapsed
 
 
-def tradeoff(results: Results) -> Figure:
+def summary(results: Results) -> Figure:
+    """Draw one message: BMRS_N by our recipe beside peers and beside the published point, where there are all three.
+
+    Raises:
+        ValueError: If there is no network and data set of which all three are known.
+    """
+    return tradeoff(of_summary(results), only=("none", "BMRS_N"))
+
+
+def of_summary(results: Results) -> Results:
+    """Return the results that ``summary`` shows."""
+    chosen = [
+        result
+        for result in results
+        if result["config"]["method"] in PEERS or (result["config"].get("recipe") == "ours" and _is_shown(result))
+    ]
+    complete = []
+    for cell, members in panels(chosen).items():
+        methods = {member["config"]["method"] for member in members}
+        if "BMRS_N" in methods and methods & set(PEERS) and "BMRS_N" in published(*cell):
+            complete += members
+    return complete
+
+
+def _is_shown(result: Mapping[str, Any]) -> bool:
+    return result["config"]["method"] in ("none", "BMRS_N")
+
+
+def tradeoff(results: Results, only: Sequence[str] = ()) -> Figure:
     """Draw test accuracy against the parameters left, a panel for each network and data set.
 
     Networks below half of the panel's best accuracy, less a standard deviation, have collapsed and stand in a strip at
     the bottom, called fail, at its right end if they are smaller than all others. Runs that differ only by a setting
-    (of ours the KL's weight) are points of one line.
+    (of ours the KL's weight) are points of one line. Of what is published only the methods ``only`` are drawn, if it
+    names some.
 
     Raises:
         ValueError: If none of the results is of pruning while training.
@@ -45,13 +75,13 @@ def tradeoff(results: Results) -> Figure:
     figure, grid = panel_grid(len(cells), height=3.4 if alone else 2.3)
     seen, recipes = set[str](), set[str]()
     for (ax,), (cell, members) in zip(grid, cells.items(), strict=True):
-        known = published(*cell)
+        known = {method: point for method, point in published(*cell).items() if not only or method in only}
         seen |= set(known) | {result["config"]["method"] for result in members}
         recipes |= {result["config"].get("recipe", "") for result in members} | ({"published"} if known else set())
         _panel(ax, members, known)
         ax.set_title(panel_title(*cell))
         if is_left(ax):
-            ax.set_ylabel("test accuracy (%)")
+            ax.set_ylabel("test accuracy (%),\nerror on a log scale")
     shown = [looks for recipe, looks in _LOOKS.items() if recipe in recipes and looks["label"]]
     _legend(figure, [method for method in METHODS if method in seen], shown, columns=2 if alone else 4)
     return figure

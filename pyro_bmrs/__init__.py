@@ -48,6 +48,7 @@ from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.model.prediction import predict
+from pyro_bmrs.model.sampling import sampled_noise
 from pyro_bmrs.pipeline.prune import Pruned, prune
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.compact import compact
@@ -150,6 +151,7 @@ __all__ = [
     "register_evidence_change",
     "register_exponential_family",
     "register_reduced_posterior",
+    "sampled_noise",
     "save",
     "shrink",
     "spike",

@@ -11,7 +11,7 @@ from analysis import figures
 from analysis.figure_style import METHODS, figure_style, panel_grid
 from analysis.figures import Figures, draw, load_results, main
 from analysis.published import Point, published
-from analysis.tradeoff import summarise, tradeoff
+from analysis.tradeoff import summarise, summary, tradeoff
 
 MNIST = ("lenet5", "mnist")
 ALL = [(network, dataset) for network in ("mlp", "lenet5") for dataset in ("mnist", "fashion_mnist", "cifar10")]
@@ -202,7 +202,7 @@ def test_every_figure_there_are_results_for_is_written_the_same_each_time(tmp_pa
     main(Figures(results=tmp_path / "runs", output=tmp_path / "a"))
     draw(results[:10], tmp_path / "b")
     draw(results[:10], tmp_path / "c")
-    names = ("post_training_paper", "precision_paper", "rank_correlation_paper", "tradeoff")
+    names = ("post_training_paper", "precision_paper", "rank_correlation_paper", "summary", "tradeoff")
     expected = sorted(f"{name}.{suffix}" for name in names for suffix in ("pdf", "png", "svg"))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == expected
     for path in (tmp_path / "b").iterdir():
@@ -215,6 +215,17 @@ def test_figures_without_results_are_left_out(tmp_path):
     assert [path.name for path in draw(table1, tmp_path)] == ["tradeoff.pdf", "tradeoff.svg", "tradeoff.png"]
     with pytest.raises(ValueError, match="no trade-off to draw"):
         tradeoff(post_training([MNIST]))
+
+
+def test_the_summary_shows_ours_peers_and_what_is_published():
+    ours = [result(*MNIST, "BMRS_N", seed, 90, 98.9, "ours") for seed in range(2)]
+    others = [result(*MNIST, "SNR", 0, 95, 97, "paper"), result(*MNIST, "tp_taylor", 0, 90, 97.5, "peers")]
+    alone = [result("mlp", "digits", "BMRS_N", 0, 80, 97, "ours")]
+    axes = summary([*ours, *others, *alone]).axes
+    assert [ax.get_title() for ax in axes] == [tradeoff(ours).axes[0].get_title()]
+    assert "log scale" in axes[0].get_ylabel()
+    with pytest.raises(ValueError, match="no trade-off to draw"):
+        summary(ours)
 
 
 def test_only_results_are_loaded(tmp_path):

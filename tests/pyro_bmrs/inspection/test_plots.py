@@ -46,7 +46,10 @@ def test_density_drawn_integrates_to_one():
 def test_forest(guide):
     ax = bmrs.plot_forest(guide)
     check_labels(ax)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["fc1", "fc2", "fc3"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "fc1\n12 of 12", "fc2\n8 of 12", "fc3\n12 of 12",
+    ]  # fmt: skip
+    assert [text.get_text() for text in ax.texts] == ["4 removed"]
 
 
 def test_evidence_by_layer(guide):
