@@ -4,6 +4,7 @@ Each data set is fitted with nothing set, and with a grid of settings made by ha
 predicts validation data best; what is shown is of test data.
 """
 
+import json
 import math
 import statistics
 import time
@@ -60,23 +61,24 @@ def main(config: Defaults) -> dict[str, Any]:
     """Run what is not in the output file yet; print and return all."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", bmrs.FitWarning)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(config.output.read_text()) if config.output.exists() else {}
     for name in config.data:
         if name == "mnist" and config.data_dir is None:
             continue
         problem = _problem(name, config.data_dir)
-        rows = {"defaults": _runs(problem, {}, config.seeds)}
-        if config.by_hand:
-            for setting in _grid(len(problem.train[0])):
-                rows[str(setting)] = _runs(problem, setting, config.seeds[:1])
-            best = max((key for key in rows if key != "defaults"), key=lambda key: rows[key]["validation"])
-            by_hand = next(each for each in _grid(len(problem.train[0])) if str(each) == best)
-            rows["by hand"] = {**_runs(problem, by_hand, config.seeds), "setting": best}
-        results[name] = {"examples": len(problem.train[0]), "runs": rows}
-        write_json(config.output, results)
+        grid = {str(setting): setting for setting in _grid(len(problem.train[0]))} if config.by_hand else {}
+        entry = results.setdefault(name, {"examples": len(problem.train[0]), "runs": {}})
+        for key, setting in {"defaults": {}, **grid}.items():
+            if key not in entry["runs"]:
+                entry["runs"][key] = _runs(problem, setting, config.seeds if key == "defaults" else config.seeds[:1])
+                write_json(config.output, results)
+        if grid and "by hand" not in entry["runs"]:
+            best = max(grid, key=lambda key: entry["runs"][key]["validation"])
+            entry["runs"]["by hand"] = {**_runs(problem, grid[best], config.seeds), "setting": best}
+            write_json(config.output, results)
         for key in ("defaults", "by hand"):
-            if key in rows:
-                print(name, len(problem.train[0]), key, rows[key], flush=True)
+            if key in entry["runs"]:
+                print(name, entry["examples"], key, entry["runs"][key], flush=True)
     return results
 
 

@@ -103,15 +103,15 @@ def fit(
         criterion: What to remove; None removes nothing.
         pruning: When to remove: ``Continuous()``, ``PostTraining()`` or, to reach a size, ``ToSize(fraction)``.
         unpack: From a batch to inputs and observations, where it is neither a pair nor a mapping with ``"labels"``.
-        epochs: Epochs with noise; by default what 4,000 steps take, at least 3.
+        epochs: Epochs with noise; by default what 5,000 steps take, at least 3.
         fine_tune_epochs: Epochs without (of post-training pruning: after the last level); by default a third of
             ``epochs``.
         batch_size: At most this many examples per step, over all processes; by default a sixteenth of them, but 16 to
-            128. A ``DataLoader`` and an iterable of batches have sizes of their own.
+            64. A ``DataLoader`` and an iterable of batches have sizes of their own.
         lr: Initial learning rate of the weights.
         posterior_lr: Initial learning rate of the posterior's parameters, in units of :math:`\log\theta`;
             by default 50 times ``lr``: locations have to travel, weights do not. More where there are so few steps
-            that they could not travel 100 nats, up to 0.5.
+            that they could not travel 500 nats, up to 0.3.
         kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``; by default a
             quarter of ``epochs``, none with ``ToSize``. Without, a posterior that moves faster than the weights
             collapses onto its prior before they have learned anything.

@@ -11,10 +11,10 @@ from pyro_bmrs.checks import check_flag, check_integer, check_number, described
 __all__ = ["MOST_EPOCHS", "Continuous", "PostTraining", "Pruning", "Rates", "ToSize"]
 
 MOST_EPOCHS = 10**6
-_NOISY_STEPS = 4000  # of a fit, by default
+_NOISY_STEPS = 5000  # of a fit, by default
 _FEWEST_EPOCHS = 3
-_TRAVEL = 100.0  # nats that a posterior location must be able to travel
-_LARGEST_POSTERIOR_LR = 0.5
+_TRAVEL = 500.0  # nats that a posterior location must be able to travel
+_LARGEST_POSTERIOR_LR = 0.3
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def make_source(
         dtype: The network's.
         unpack: From a batch to inputs and observations.
         batch_size: At most this many examples a batch, where the data do not come in batches already; by default a
-            sixteenth of them, but 16 to 128.
+            sixteenth of them, but 16 to 64.
 
     Raises:
         TypeError: If they are something else.
@@ -61,7 +61,7 @@ def make_source(
 
 
 def _default_batch_size(examples: int) -> int:
-    return min(max(examples // 16, 16), 128)
+    return min(max(examples // 16, 16), 64)
 
 
 def _is_list_of_batches(data: list[Any]) -> bool:
