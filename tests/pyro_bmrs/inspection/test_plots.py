@@ -80,3 +80,41 @@ def test_history():
 def test_axes_given_are_drawn_on(guide):
     _, ax = plt.subplots()
     assert bmrs.plot_evidence(bmrs.evidence_changes(guide), ax=ax) is ax
+
+
+def test_the_causes_of_removal_have_colours():
+    delta_f = {"a.theta": torch.tensor([0.5, -0.5, -50.0])}
+    ax = bmrs.plot_evidence(delta_f, prior_log_odds=1.0)
+    colours = {tuple(colour) for colour in ax.collections[0].get_facecolors()}
+    assert len(colours) == 3
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels[:3] == ["kept", "removed by the evidence", "removed by the prior odds"]
+    low, high = ax.get_ylim()
+    assert low < -50
+    assert high > 0.5
+
+
+def test_removed_structures_are_hollow():
+    delta_f, snr = {"a.theta": torch.tensor([0.5, -50.0, -60.0])}, {"a.theta": torch.tensor([0.3, 3.0, 4.0])}
+    ax = bmrs.plot_evidence_snr(delta_f, snr, masks={"a.theta": torch.tensor([False, True, True])})
+    full, hollow = ax.collections
+    assert (len(full.get_offsets()), len(hollow.get_offsets())) == (2, 1)
+    assert len(full.get_facecolors())
+    assert not len(hollow.get_facecolors())
+
+
+@pytest.mark.parametrize(("key", "axes"), [("accuracy_validation", 1), ("rmse_validation", 2)])
+def test_history_with_the_dense_network(key, axes):
+    history = [{"epoch": i + 1, "phase": "noisy", "compression": 0.1 * i, key: 0.9} for i in range(3)]
+    ax = bmrs.plot_history(history, dense=0.5)
+    assert len(ax.figure.axes) == axes
+    lines = [line for each in ax.figure.axes for line in each.lines]
+    assert float(lines[-1].get_ydata()[0]) == (50 if axes == 1 else 0.5)
+
+
+def test_a_structure_is_named():
+    prior = bmrs.LogUniform()
+    posterior = bmrs.TruncatedLogNormal(torch.tensor(-9.0), torch.tensor(100.0))
+    ax = bmrs.plot_reduction(posterior, prior, bmrs.spike(prior), name="fc1, structure 3")
+    assert ax.get_title().startswith("fc1, structure 3\n")
+    assert "hardly against" in ax.get_title()

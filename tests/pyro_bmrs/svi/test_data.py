@@ -231,3 +231,12 @@ def test_an_ensemble_takes_tensors_only():
         bmrs.fit_ensemble(build, DataLoader(TensorDataset(X, Y)), seeds=(0, 1), epochs=1)
     with pytest.raises(ValueError, match="compile=True takes inputs of one tensor"):
         fitted(({"x": X}, Y), net=Named, compile=True)
+
+
+def test_the_end_is_one_line(capsys):
+    _, result = fitted((X, Y), (X, Y), progress=True)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == str(result)
+    assert "% of the parameters removed" in line
+    assert "validation accuracy" in line
+    assert "lowest on class" in line
