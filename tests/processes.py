@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from nets import blobs
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_bmrs as bmrs
 
@@ -156,6 +156,26 @@ def two_loaders(folder):
     model, guide = build(MedianGuide)
     bmrs.fit(model, guide, loader(), criterion=EveryThird(), fabric=fabric, **LOADER_SETTINGS)
     save_file(state(model, guide), Path(folder) / f"rank{fabric.global_rank}.safetensors")
+
+
+def two_samplers(folder):
+    """Fit in two processes to loaders that have divided the examples themselves; note which each of them saw."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision="64-true")
+    fabric.launch()
+    seen = []
+
+    class Noted(TensorDataset):
+        def __getitem__(self, i):
+            seen.append(i)
+            return super().__getitem__(i)
+
+    rows = Noted(*data())
+    sampler = DistributedSampler(rows, num_replicas=2, rank=fabric.global_rank)
+    model, guide = build(MedianGuide)
+    loader = DataLoader(rows, batch_size=25, sampler=sampler)
+    bmrs.fit(model, guide, loader, data(), fabric=fabric, **LOADER_SETTINGS)
+    last = {"seen": torch.tensor(seen[-100:]), "before": torch.tensor(seen[-200:-100])}
+    save_file({**state(model, guide), **last}, Path(folder) / f"rank{fabric.global_rank}.safetensors")
 
 
 def one_dies(folder):

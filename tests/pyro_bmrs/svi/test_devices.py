@@ -48,6 +48,15 @@ def test_two_processes_divide_the_batches_of_a_loader(tmp_path):
         torch.testing.assert_close(found, state(model, guide), rtol=0, atol=1e-9)
 
 
+def test_loaders_that_divide_the_examples_themselves(tmp_path):
+    torchrun("two_samplers", tmp_path)
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    seen, before = (torch.cat([rank.pop(name) for rank in ranks]) for name in ("seen", "before"))
+    assert sorted(seen.tolist()) == sorted(before.tolist()) == list(range(200))
+    assert not torch.equal(seen, before)  # another order each epoch
+    torch.testing.assert_close(*ranks, rtol=0, atol=0)
+
+
 def test_every_rank_draws_its_own_noise_and_ends_with_the_same_parameters(tmp_path):
     torchrun("two_noises", tmp_path)
     first, second = (load_file(tmp_path / f"noise{rank}.safetensors")["drawn"] for rank in (0, 1))
