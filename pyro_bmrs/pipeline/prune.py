@@ -129,6 +129,8 @@ def prune(
         if "pruning" in settings:
             raise TypeError("remove and pruning exclude each other: remove=0.8 is pruning=ToSize(0.8)")
         settings["pruning"] = ToSize(remove, cost)
+    elif cost != "parameters":
+        raise ValueError(f"cost={cost!r} is the cost of which remove= is the fraction: give both, or neither")
     source = _source(net, train, "train", unpack)
     held_out = source if validation is None else _source(net, validation, "validation", unpack)
     plain = copied(net)

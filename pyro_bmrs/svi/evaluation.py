@@ -10,7 +10,7 @@ from pyro.distributions import Bernoulli, Categorical
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
-from pyro_bmrs.structures.inputs import Inputs
+from pyro_bmrs.structures.inputs import Inputs, output_tensors
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -84,8 +84,9 @@ def evaluate(
     parts: list[Evaluation] = []
     seen = 0
     for x, y in batches:
-        observed = likelihood(predict(x))
-        parts.append(_evaluated(observed, y.to(_device(observed))))
+        output = predict(x)
+        device = next((tensor.device for tensor in output_tensors(output)), y.device)
+        parts.append(_evaluated(likelihood(output), y.to(device)))
         seen += len(y)
         if most is not None and seen >= most:
             break
@@ -127,11 +128,3 @@ def _by_example(values: Tensor) -> Tensor:
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.cat(found) if len(found) == len(parts) else None
-
-
-def _device(observed: Any) -> torch.device:
-    base = observed
-    while isinstance(base, Independent):
-        base = base.base_dist
-    tensors = (getattr(base, name, None) for name in (*base.arg_constraints, "mean"))
-    return next((each.device for each in tensors if isinstance(each, Tensor)), torch.device("cpu"))

@@ -170,7 +170,7 @@ def fit(
     if structures is not None:
         check_structures(model.net, structures)
     data, held_out = check_data_sets([model], train, validation, unpack, batch_size)
-    _check_streams(data, fabric, compile, resume)
+    _check_streams(data, fabric, compile, folder is not None)
     levels = len(make_plan(0, pruning, 0))
     warm_up = 0 if kl_warmup_epochs is None and isinstance(pruning, ToSize) else kl_warmup_epochs
     rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, warm_up, data.steps, levels, decay)
@@ -241,7 +241,7 @@ def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, prun
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
 
 
-def _check_streams(data: Source, fabric: "Fabric", compiled: bool, resume: bool) -> None:
+def _check_streams(data: Source, fabric: "Fabric", compiled: bool, kept: bool) -> None:
     """Raise where steps cannot run on these data, and say what of them a resumed fit cannot bring back."""
     if data.batch_size < fabric.world_size:
         raise ValueError(
@@ -250,7 +250,7 @@ def _check_streams(data: Source, fabric: "Fabric", compiled: bool, resume: bool)
         )
     if compiled and not isinstance(data.first[0], Tensor):
         raise ValueError("compile=True takes inputs of one tensor: a tuple or mapping of them needs compile=False")
-    if resume and data.lost_on_resume:
+    if kept and data.lost_on_resume:
         warnings.warn(
             f"a resumed fit will not be the same as one without interruption, since {data.lost_on_resume} is lost",
             FitWarning,

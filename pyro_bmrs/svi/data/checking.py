@@ -49,8 +49,11 @@ def as_tensors(inputs: Any, observations: Any, name: str, dtype: torch.dtype) ->
     y = _as_tensor(observations, f"observations of {name}", dtype)
     shapes = [tuple(each.shape) for each in tree_leaves(x)]
     shown = shapes[0] if len(shapes) == 1 else shapes
+    hint = "" if y.dim() else ": stack single examples into one tensor, or give a Dataset of them"
     if y.dim() == 0 or any(not shape or shape[0] != len(y) for shape in shapes):
-        raise ValueError(f"{name} needs one observation per input, but they have shapes {shown} and {tuple(y.shape)}")
+        raise ValueError(
+            f"{name} needs one observation per input, but they have shapes {shown} and {tuple(y.shape)}{hint}"
+        )
     if y.numel() == 0 or not all(map(torch.Size.numel, map(torch.Size, shapes))):
         raise ValueError(f"{name} is empty: inputs have shape {shown}, observations {tuple(y.shape)}")
     for part, tensor in [*(("input", each) for each in tree_leaves(x)), ("observation", y)]:

@@ -132,6 +132,7 @@ def test_some_structures_only():
         (Net, Y, {"epoch": 3}, TypeError, "unexpected keyword argument 'epoch'"),
         (lambda: nn.Linear(8, 2), Y, {}, ValueError, "nothing of this network can be removed"),
         (lambda: 3, Y, {}, TypeError, "net must be"),
+        (Net, Y, {"cost": "flops"}, ValueError, "cost='flops' is the cost of which remove= is the fraction"),
         (Net, Y, {"remove": 80}, ValueError, "remove must be a fraction"),
     ],
 )

@@ -165,7 +165,7 @@ def test_what_cannot_be_resumed_is_said(tmp_path):
             yield X[30:], Y[30:]
 
     with pytest.warns(bmrs.FitWarning, match=r"the position of a Batches, which has no state_dict\(\)"):
-        fitted(Batches(), folder=tmp_path, resume=True)
+        fitted(Batches(), folder=tmp_path)
 
 
 def test_random_numbers_of_the_caller_are_left_alone():
@@ -216,6 +216,7 @@ def broken(inputs=None, labels=None):
         (broken(), {}, ValueError, "batch 3 of train has a NaN or infinite input in row 11"),
         (broken(0.0, 7), {}, ValueError, r"batch 3 of train has observation 7 in row 11, outside the 3 classes"),
         ([], {}, ValueError, "train is empty"),
+        (list(zip(X, Y, strict=True)), {}, ValueError, "batch 0 of train .* stack single examples into one tensor"),
         ("data", {}, TypeError, "train must be a pair of tensors"),
         (((X, Y[:3]), Y), {}, ValueError, "one observation per input"),
         (({"x": X}, {"y": Y}), {}, TypeError, "must be a pair of tensors"),

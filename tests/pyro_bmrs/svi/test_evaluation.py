@@ -58,6 +58,15 @@ def test_what_has_no_mean_has_a_log_likelihood():
     assert math.isfinite(found.metrics()["log_likelihood_validation"])
 
 
+def test_any_distribution_of_pyro():
+    likelihood = lambda out: dist.TransformedDistribution(  # noqa: E731
+        dist.Normal(out[:, 0], 1.0), [torch.distributions.transforms.TanhTransform()]
+    )
+    found = evaluated(likelihood, LOGITS, torch.tanh(LOGITS[:, 1]) * 0.9)
+    assert found.log_likelihood.shape == (50,)
+    assert found.metrics().keys() == {"log_likelihood_validation"}
+
+
 def test_a_fit_says_which_class_it_has_given_up():
     x = torch.cat([torch.randn(300, 4, generator=GENERATOR), torch.randn(40, 4, generator=GENERATOR) + 2.0])
     y = torch.tensor([0] * 300 + [1] * 40)
