@@ -351,7 +351,11 @@ CALLS = {
         "masks": None,
     },
     bmrs.plot_reduction: lambda w: {**distributions(), "ax": None, "name": ""},
-    bmrs.plot_history: lambda w: {"history": [{"epoch": 1, "phase": "noisy", "compression": 0.1}], "ax": None, "dense": None},
+    bmrs.plot_history: lambda w: {
+        "history": [{"epoch": 1, "phase": "noisy", "compression": 0.1}],
+        "ax": None,
+        "dense": None,
+    },
     bmrs.save: lambda w: {"net": w.plain, "path": Path(w.folder) / "net"},
     bmrs.load: lambda w: {"path": saved(w), "module": None},
     bmrs.prepare_run_folder: lambda w: {"path": Path(w.folder) / "run", "overwrite": False, "resume": False},

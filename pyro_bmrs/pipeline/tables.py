@@ -10,9 +10,10 @@ Row = tuple[str, float, float, str, str]
 
 def structure_table(sizes: Mapping[str, int], kept: Mapping[str, int]) -> str:
     """Return what is left of each layer's structures."""
-    lines = [f"{'layer':<26}{'structures':>12}{'kept':>12}{'kept %':>10}", "-" * 60]
+    width = max(26, *map(len, sizes))
+    lines = [f"{'layer':<{width}}{'structures':>12}{'kept':>12}{'kept %':>10}", "-" * (width + 34)]
     for layer, size in sizes.items():
-        lines.append(f"{layer:<26}{size:>12,}{kept[layer]:>12,}{100 * kept[layer] / size:>9.1f}%")
+        lines.append(f"{layer:<{width}}{size:>12,}{kept[layer]:>12,}{100 * kept[layer] / size:>9.1f}%")
     return "\n".join(lines)
 
 

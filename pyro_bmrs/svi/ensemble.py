@@ -91,7 +91,7 @@ def fit_ensemble(
 
     Args:
         make: Makes a model and its guide, all alike but for their numbers.
-        train: As for ``fit``, and so are all the others but these.
+        train: As for ``fit``, but tensors: one of inputs, one of observations. All the others are as for ``fit`` too.
         validation: Likewise.
         seeds: One for each replica.
         criterion: Likewise.

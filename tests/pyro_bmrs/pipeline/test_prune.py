@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_bmrs as bmrs
 from pyro_bmrs.pipeline.comparison import paired_change
 from pyro_bmrs.pipeline.guessing import guessed
+from pyro_bmrs.pipeline.tables import structure_table
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(300, 8, generator=GENERATOR)
@@ -144,6 +145,13 @@ def test_refusals(net, y, settings, error, message):
 def test_sequences_of_labels_are_guessed():
     likelihood = guessed(torch.randn(4, 7, 3), torch.zeros(4, 7, dtype=torch.long))
     assert likelihood(torch.randn(5, 7, 3)).batch_shape == (5,)
+
+
+def test_columns_are_as_wide_as_names():
+    name = "bert.encoder.layer.0.attention.self.query"
+    lines = structure_table({name: 4, "a": 64}, {name: 3, "a": 1}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == [name, "4", "3", "75.0%"]
 
 
 def test_changes_are_told_with_their_uncertainty():
