@@ -97,8 +97,13 @@ class DatasetStream(_Stream):
         permutation = torch.randperm(self.size, generator=order)
         seed = zlib.crc32(permutation.numpy().tobytes())  # which leaves the order as it is for tensors
         whole = permutation.tensor_split(self.steps)
-        mine = [batch.tensor_split(world)[rank] for batch in whole]
-        for batch, joint in zip(self._pass(self._loader([m.tolist() for m in mine]), seed), whole, strict=True):
+        mine = [batch.tensor_split(world)[rank].tolist() for batch in whole]
+        if not all(mine):
+            raise ValueError(
+                f"{self.size} examples of {self.name} in {self.steps} batches are too few for {world} processes: give a "
+                "larger batch_size"
+            )
+        for batch, joint in zip(self._pass(self._loader(mine), seed + rank), whole, strict=True):
             yield batch, len(batch[1]) * world / len(joint)
 
     def ordered(self) -> Iterator[Batch]:
@@ -139,7 +144,8 @@ class LoaderStream(_Stream):
                 sampler.set_epoch(self._epochs)
         self._epochs += 1
         divided = any(getattr(sampler, "num_replicas", 1) == world > 1 for sampler in _samplers(self.loader))
-        for x, y in self._pass(self.loader, _seed(order)):
+        seed = _seed(order) + (rank if divided else 0)  # batches to divide must be the same in all processes
+        for x, y in self._pass(self.loader, seed):
             if divided or world == 1:
                 yield (x, y), 1.0
                 continue
