@@ -100,8 +100,8 @@ class DatasetStream(_Stream):
         mine = [batch.tensor_split(world)[rank].tolist() for batch in whole]
         if not all(mine):
             raise ValueError(
-                f"{self.size} examples of {self.name} in {self.steps} batches are too few for {world} processes: give a "
-                "larger batch_size"
+                f"{self.size} examples of {self.name} in {self.steps} batches are too few for {world} processes: "
+                "give a larger batch_size"
             )
         for batch, joint in zip(self._pass(self._loader(mine), seed + rank), whole, strict=True):
             yield batch, len(batch[1]) * world / len(joint)
