@@ -228,7 +228,23 @@ def make():
 
 
 CALLS = {
-    bmrs.fit: lambda w: {"model": w.model, "guide": w.guide, "train": (w.x, w.y), **FIT_MORE, **FIT},
+    bmrs.fit: lambda w: {"model": w.model, "guide": w.guide, "train": (w.x, w.y), "unpack": None, **FIT_MORE, **FIT},
+    bmrs.prune: lambda w: {
+        "net": w.plain,
+        "train": (w.x, w.y),
+        "validation": (w.x, w.y),
+        "remove": 0.5,
+        "cost": "parameters",
+        "likelihood": None,
+        "output": None,
+        "unpack": None,
+        "structures": None,
+        "prior": None,
+        "kl_weight": 1.0,
+        **FIT,
+    },
+    bmrs.sampled_noise: lambda w: {"model": w.model, "guide": w.guide, "examples": 4},
+    bmrs.ToSize: lambda w: {"remove": 0.5, "cost": "flops"},
     bmrs.fit_ensemble: lambda w: {
         "make": make,
         "train": (w.x, w.y),
@@ -332,9 +348,14 @@ CALLS = {
         "snr": {"2.theta": torch.rand(8)},
         "prior_log_odds": 0.0,
         "ax": None,
+        "masks": None,
     },
-    bmrs.plot_reduction: lambda w: {**distributions(), "ax": None},
-    bmrs.plot_history: lambda w: {"history": [{"epoch": 1, "phase": "noisy", "compression": 0.1}], "ax": None},
+    bmrs.plot_reduction: lambda w: {**distributions(), "ax": None, "name": ""},
+    bmrs.plot_history: lambda w: {
+        "history": [{"epoch": 1, "phase": "noisy", "compression": 0.1}],
+        "ax": None,
+        "dense": None,
+    },
     bmrs.save: lambda w: {"net": w.plain, "path": Path(w.folder) / "net"},
     bmrs.load: lambda w: {"path": saved(w), "module": None},
     bmrs.prepare_run_folder: lambda w: {"path": Path(w.folder) / "run", "overwrite": False, "resume": False},

@@ -98,7 +98,7 @@ def compare(networks: Sequence[nn.Module], likelihood: Likelihood, example: Inpu
     before, after = networks
     one = first_examples(example, 1)
     device = next((p.device for p in before.parameters()), torch.device("cpu"))
-    with evaluating(before), evaluating(after):
+    with evaluating(before), evaluating(after), torch.random.fork_rng([device] if device.type == "cuda" else []):
         latency = measure_latency(networks, example, rounds=20)
         evaluations = [
             evaluate(partial(_outputs, net, device), likelihood, source.ordered()) for net in (before, after)

@@ -19,7 +19,7 @@ from pyro_bmrs.pipeline.comparison import Comparison, compare
 from pyro_bmrs.pipeline.guessing import after, guessed
 from pyro_bmrs.pipeline.tables import cost_table, structure_table
 from pyro_bmrs.structures.compact import compact, without_noise
-from pyro_bmrs.structures.copying import copied
+from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs, call, first_examples, on_device, refusing
 from pyro_bmrs.structures.structure_set import StructureSet
@@ -167,7 +167,7 @@ def _likelihood(
 ) -> Likelihood:
     """Return the likelihood that was asked for, or else the one that the observations call for."""
     if likelihood is None:
-        with evaluating(net), torch.no_grad(), refusing("the network does not run on the inputs of train"):
+        with undisturbed(net), evaluating(net), refusing("the network does not run on the inputs of train"):
             result = call(net, example)
         if output is not None:
             with refusing(f"output does not take a {type(result).__name__}, which the network returns"):

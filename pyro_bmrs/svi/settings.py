@@ -86,7 +86,8 @@ def check_data_sets(
     sources = [make_source(train, "train", dtype, unpack, batch_size)]
     if validation is not None:
         sources.append(make_source(validation, "validation", dtype, unpack, batch_size))
-    with pyro.validation_enabled(False):  # numbers that are not finite are for the fit to name
+    # numbers that are not finite are for the fit to name, and what is tried here may draw
+    with pyro.validation_enabled(False), torch.random.fork_rng([]):
         for source, model in itertools.product(sources, models):
             source.check(model)
     return sources[0], None if validation is None else sources[1]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_bmrs.checks import described
-from pyro_bmrs.svi.data.checking import as_tensors, holds_arrays
+from pyro_bmrs.svi.data.checking import as_tensors
 from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.stream import DatasetStream, LoaderStream
@@ -20,6 +20,7 @@ Data = Any
 """A pair of tensors or arrays, or a mapping of them; a ``Dataset``; a ``DataLoader``; a sized iterable of batches."""
 
 
+@torch.random.fork_rng(devices=[])  # what the caller's own code draws while it is tried is nobody's
 def make_source(
     data: Any, name: str, dtype: torch.dtype, unpack: Unpack | None = None, batch_size: int | None = None
 ) -> Source:
@@ -65,11 +66,7 @@ def _default_batch_size(examples: int) -> int:
 
 
 def _is_list_of_batches(data: list[Any]) -> bool:
-    return (
-        bool(data)
-        and all(isinstance(each, tuple | list | Mapping) for each in data)
-        and not (len(data) == 2 and holds_arrays(data[1]) and not isinstance(data[1], tuple | list | Mapping))
-    )
+    return all(isinstance(each, tuple | list | Mapping) for each in data)
 
 
 def _comes_in_batches(data: Any) -> bool:

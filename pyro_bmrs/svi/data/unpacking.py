@@ -21,9 +21,14 @@ def unpacked(batch: Any, unpack: Unpack | None, name: str) -> tuple[Any, Any]:
 
     Raises:
         TypeError: If neither tells which part of the batch is what.
+        ValueError: If ``unpack`` fails.
     """
     if unpack is not None:
-        pair = unpack(batch)
+        try:
+            pair: Any = unpack(batch)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"unpack does not take a batch of {name}, {described(batch)} ({reason})") from error
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise TypeError(f"unpack must return a pair (inputs, observations), but returned {described(pair)}")
         return pair[0], pair[1]

@@ -68,6 +68,18 @@ def test_nothing_of_the_callers_changes():
     assert not net.first._forward_pre_hooks
 
 
+def test_a_refused_likelihood_has_drawn_nothing():
+    random = torch.get_rng_state()
+    with pytest.raises(TypeError, match="likelihood must return the distribution"):
+        bmrs.prune(made_without_seed(), TRAIN, likelihood=lambda out: torch.randn(3))
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def made_without_seed():
+    with torch.random.fork_rng([]):
+        return Net()
+
+
 def test_it_prints_both_tables():
     net = made()
     text = str(bmrs.prune(net, TRAIN, VALIDATION, **SETTINGS))

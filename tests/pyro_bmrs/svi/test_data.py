@@ -212,6 +212,7 @@ def broken(inputs=None, labels=None):
         (TensorDataset(X, X, Y), {}, TypeError, "must be a pair"),
         (Rows(), {"unpack": lambda batch: batch["x"]}, TypeError, "unpack must return a pair"),
         (Rows(), {"unpack": 3}, TypeError, "unpack must be"),
+        (Rows(), {"unpack": lambda batch: batch["y"]}, ValueError, "unpack does not take a batch of train, a dict"),
         (Short(), {}, ValueError, "was to give 3 batches, but gave 1"),
         (broken(), {}, ValueError, "batch 3 of train has a NaN or infinite input in row 11"),
         (broken(0.0, 7), {}, ValueError, r"batch 3 of train has observation 7 in row 11, outside the 3 classes"),
