@@ -43,7 +43,7 @@ def train_dense(
         net: The network, on the device of the data.
         data: Inputs, floating-point or bytes, and labels.
         epochs: Number of epochs.
-        batch_size: At most this many examples a step.
+        batch_size: At most this many examples per step.
         lr: Initial learning rate.
         seed: Of the data order.
         decay: Whether the learning rate falls along a cosine to zero.

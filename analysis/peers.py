@@ -52,7 +52,7 @@ def train_peer(
             pruning (``GroupNormPruner``, its default strength).
         budget: Fraction of the parameters to remove, at least, and no more than the last structures to go make it.
         epochs: Of all training.
-        batch_size: At most this many examples a step.
+        batch_size: At most this many examples per step.
         lr: Initial learning rate.
         seed: Of the data order.
         ranking: ``"layer"``, the pruner's default: the same fraction of every layer goes. ``"network"``: all structures
@@ -193,7 +193,7 @@ def train_from_scratch(
         pruned: Network from ``pyro_bmrs.compact`` or ``narrowed``, left as it is.
         data: Inputs and class labels, on the network's device.
         epochs: As many as the pruned network had in all.
-        batch_size: At most this many examples a step.
+        batch_size: At most this many examples per step.
         lr: Initial learning rate.
         seed: Of initial weights and data order.
 

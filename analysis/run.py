@@ -169,8 +169,8 @@ def format_table(results: dict[str, Any]) -> str:
     accuracies = 100 * results["accuracy_test_dense"], 100 * results["accuracy_test"]
     rows = [
         ("parameters", results["params_dense"], results["params_pruned"], ",.0f", ""),
-        ("FLOPs an image", results["flops_dense"], results["flops_pruned"], ",.0f", ""),
-        (f"ms a batch of {results['latency_batch']}", *latency, ".2f", ""),
+        ("FLOPs per image", results["flops_dense"], results["flops_pruned"], ",.0f", ""),
+        (f"ms per batch of {results['latency_batch']}", *latency, ".2f", ""),
         ("test accuracy %", *accuracies, ".2f", results["accuracy_test_change"]),
     ]
     return f"{structure_table(sizes, kept)}\n\n{cost_table(rows)}"

@@ -57,8 +57,8 @@ def tradeoff(results: Results, only: Sequence[str] = ()) -> Figure:
 
     Networks below half of the panel's best accuracy, less a standard deviation, have collapsed and stand in a strip at
     the bottom, called fail, at its right end if they are smaller than all others. Runs that differ only by a setting
-    (of ours the KL's weight) are points of one line. Of what is published only the methods ``only`` are drawn, if it
-    names some.
+    (for our recipe the weight of the KL) are points of one line. Of what is published only the methods ``only`` are
+    drawn, if it names some.
 
     Raises:
         ValueError: If none of the results is of pruning while training.

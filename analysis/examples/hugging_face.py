@@ -1,6 +1,5 @@
 """The Hugging Face Trainer: python -m analysis.examples.hugging_face (extra hf, and accelerate)."""
 
-import math
 import tempfile
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 import pyro_bmrs as bmrs
 from analysis.data import digits
+from analysis.examples.plain_loop import compacted, report
 
 __all__ = ["Images", "NoisyTrainer", "main"]
 
@@ -75,11 +75,8 @@ def main(epochs: int = 15) -> nn.Module:
             optimizers=(torch.optim.Adam(groups), None),
         )  # fmt: skip
         trainer.train()
-    masks = {site: delta_f + math.log(3) < 0 for site, delta_f in bmrs.evidence_changes(guide).items()}
-    small = bmrs.compact(model, guide, masks, example)
-    x, y = split.test
-    print(f"{bmrs.count_parameters(net):,} parameters -> {bmrs.count_parameters(small):,}")
-    print(f"test accuracy {100 * (small(pixel_values=x).logits.argmax(-1) == y).double().mean():.2f} %")
+    small = compacted(model, guide, example)
+    report(net, small, small(pixel_values=split.test[0]).logits, split.test[1])
     return small
 
 

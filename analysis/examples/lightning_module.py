@@ -1,6 +1,5 @@
 """A Lightning module: python -m analysis.examples.lightning_module (extra log)."""
 
-import math
 from typing import Any
 
 import lightning
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmrs as bmrs
 from analysis.data import digits
+from analysis.examples.plain_loop import compacted, mlp, report
 
 __all__ = ["NoisyModule", "main"]
 
@@ -33,7 +33,7 @@ class NoisyModule(lightning.LightningModule):
         self.num_data, self.warm_up = num_data, warm_up
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """Return the negative ELBO of a batch, in nats an example."""
+        """Return the negative ELBO of a batch, in nats per example."""
         self.model.kl_weight = min((self.current_epoch + 1) / self.warm_up, 1.0)
         loss = self.elbo.differentiable_loss(self.model, self.guide, *batch) / self.num_data
         self.log("loss", loss, prog_bar=True)
@@ -48,28 +48,20 @@ class NoisyModule(lightning.LightningModule):
         posterior = {"params": self.guide.parameters(), "lr": 0.1}
         return torch.optim.Adam([{"params": self.model.parameters(), "lr": 2e-3}, posterior])
 
-    def pruned(self, example: Tensor) -> nn.Module:
-        """Return the smaller network."""
-        changes = bmrs.evidence_changes(self.guide)
-        masks = {site: delta_f + math.log(3) < 0 for site, delta_f in changes.items()}
-        return bmrs.compact(self.model, self.guide, masks, example)
-
 
 def main(epochs: int = 40) -> nn.Module:
     """Prune a network on the digits and return the smaller one."""
     lightning.seed_everything(0)
     split = digits(8)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+    net = mlp()
     x, y = split.train
     module = NoisyModule(net, x[:8], len(x), warm_up=max(epochs // 4, 1))
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
     )
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True))
-    small = module.pruned(x[:8])
-    x, y = split.test
-    print(f"{bmrs.count_parameters(net):,} parameters -> {bmrs.count_parameters(small):,}")
-    print(f"test accuracy {100 * (small(x).argmax(-1) == y).double().mean():.2f} %")
+    small = compacted(module.model, module.guide, x[:8])
+    report(net, small, small(split.test[0]), split.test[1])
     return small
 
 

@@ -3,20 +3,21 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmrs as bmrs
 from analysis.data import digits
+from pyro_bmrs.structures.inputs import Inputs
 
-__all__ = ["main"]
+__all__ = ["compacted", "main", "mlp", "report"]
 
 
 def main(epochs: int = 40, warm_up: int = 10) -> nn.Module:
     """Prune a network on the digits and return the smaller one."""
     torch.manual_seed(0)
     split = digits(8)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+    net = mlp()
     x, y = split.train
     model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x[:8])), num_data=len(x))
     guide = bmrs.TruncatedLogNormalGuide(model)
@@ -32,13 +33,29 @@ def main(epochs: int = 40, warm_up: int = 10) -> nn.Module:
             optimizer.step()
             guide.project_()
 
-    changes = bmrs.evidence_changes(guide)  # >= 0: the evidence favours removal; log 3: positive evidence to stay
-    masks = {site: delta_f + math.log(3) < 0 for site, delta_f in changes.items()}
-    small = bmrs.compact(model, guide, masks, x[:8])
-    x, y = split.test
-    print(f"{bmrs.count_parameters(net):,} parameters -> {bmrs.count_parameters(small):,}")
-    print(f"test accuracy {100 * (small(x).argmax(-1) == y).double().mean():.2f} %")
+    small = compacted(model, guide, x[:8])
+    report(net, small, small(split.test[0]), split.test[1])
     return small
+
+
+def compacted(model: bmrs.NoisyNetwork, guide: bmrs.TruncatedLogNormalGuide, example: Inputs) -> nn.Module:
+    """Return the network without the structures for which there is no positive evidence."""
+    changes = bmrs.evidence_changes(guide)  # >= 0: the evidence favours removal; above -log 3 it is hardly against it
+    masks = {site: delta_f + math.log(3) < 0 for site, delta_f in changes.items()}
+    return bmrs.compact(model, guide, masks, example)
+
+
+def report(net: nn.Module, small: nn.Module, logits: Tensor, labels: Tensor) -> None:
+    """Print both sizes, and the accuracy of the smaller network."""
+    print(f"{bmrs.count_parameters(net):,} parameters -> {bmrs.count_parameters(small):,}")
+    print(f"test accuracy {100 * (logits.argmax(-1) == labels).double().mean():.2f} %")
+
+
+def mlp() -> nn.Module:
+    """Return the network of these examples, for images of 8 x 8."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def reduce(
     and ``prior()``, as ``TruncatedLogNormalGuide``, is asked for them, and needs no ``args``.
 
     Args:
-        guide: The fitted guide: one sample statement a site, or one of ``TruncatedLogNormalGuide``, ``AutoNormal``,
+        guide: The fitted guide: one sample statement per site, or one of ``TruncatedLogNormalGuide``, ``AutoNormal``,
             ``AutoDiagonalNormal``, ``AutoMultivariateNormal``, ``AutoLowRankMultivariateNormal``.
         model: The model that it was fitted to.
         reduced_priors: Another prior for each latent site that gets one, of a shape that broadcasts to the site's;

@@ -294,7 +294,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, d
     for key, label in (
         ("accuracy_validation", "validation accuracy"),
         ("rmse_validation", "validation RMSE"),
-        ("log_likelihood_validation", "validation log likelihood (nats an example)"),
+        ("log_likelihood_validation", "validation log likelihood (nats per example)"),
     ):
         if key in history[-1]:
             percent = key == "accuracy_validation"

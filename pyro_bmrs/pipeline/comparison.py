@@ -44,8 +44,8 @@ class Comparison:
         """Return the rows of a table."""
         return [
             ("parameters", *self.parameters, ",.0f", ""),
-            ("FLOPs an example", *self.flops, ",.0f", ""),
-            (f"ms a batch of {self.batch}", 1e3 * self.latency[0], 1e3 * self.latency[1], ".2f", ""),
+            ("FLOPs per example", *self.flops, ",.0f", ""),
+            (f"ms per batch of {self.batch}", 1e3 * self.latency[0], 1e3 * self.latency[1], ".2f", ""),
             *self._quality(),
         ]
 

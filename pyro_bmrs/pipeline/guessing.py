@@ -39,7 +39,7 @@ def guessed(output: Any, y: Tensor) -> Likelihood:
         )
     if output.dim() == y.dim() == 1 or output.shape[1:] in {(1,), ()}:
         raise ValueError(
-            f"the network has one output an example, so its labels are 0 and 1: use {_BERNOULLI[:-1]}.squeeze(-1)) "
+            f"the network has one output per example, so its labels are 0 and 1: use {_BERNOULLI[:-1]}.squeeze(-1)) "
             "with observations .float()"
         )
     if y.dim() == 1 and output.dim() == 2:

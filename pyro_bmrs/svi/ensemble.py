@@ -98,7 +98,7 @@ def fit_ensemble(
         pruning: ``Continuous()``; replicas stay of one shape, so it cannot shrink them.
         epochs: Likewise.
         fine_tune_epochs: Likewise.
-        batch_size: At most this many examples a step and replica.
+        batch_size: At most this many examples per step and replica.
         lr: Likewise.
         posterior_lr: Likewise.
         decay: Likewise.

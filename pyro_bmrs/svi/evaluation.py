@@ -25,7 +25,7 @@ class Evaluation:
         log_likelihood: Log probability of its observation, in nats.
         correct: Fraction of its labels that are the most probable ones, where observations are labels.
         squared_error: Mean square of what its observation differs from the mean by, where observations are numbers.
-        labels: The classes, where there is one label an example.
+        labels: The classes, where there is one label per example.
         classes: Their number.
     """
 

@@ -132,7 +132,7 @@ def fit(
         seed: Seed of data order and noise; the caller's random state is left alone. None draws from it instead.
         progress: Whether to show a progress bar.
         callbacks: Told of every epoch, every pruning and the end.
-        folder: Where to keep ``metrics.jsonl``, a line an epoch, and ``checkpoint/fit.safetensors``.
+        folder: Where to keep ``metrics.jsonl``, one line per epoch, and ``checkpoint/fit.safetensors``.
         checkpoint_every: Epochs between checkpoints; there is always one at the end.
         resume: Whether to go on from the checkpoint in ``folder``, if there is one, to the same result, to the bit on
             a CPU, as a fit without interruption. One that is finished is only read. The checkpoint must be of a fit

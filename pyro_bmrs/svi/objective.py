@@ -13,7 +13,7 @@ __all__ = ["FixedNoiseObjective", "NoisyObjective"]
 
 
 class NoisyObjective(nn.Module):
-    r"""The negative ELBO of a batch, in nats an example: :math:`(\lambda\, KL - \frac{N}{B} \sum_i \log p_i) / N`.
+    r"""The negative ELBO of a batch, in nats per example: :math:`(\lambda\, KL - \frac{N}{B} \sum_i \log p_i) / N`.
 
     A module whose parameters are all that a step trains, weights and posterior, and whose forward is all that it
     computes: this is what is wrapped for several devices, compiled, captured or mapped over seeds.
@@ -42,7 +42,7 @@ class NoisyObjective(nn.Module):
 
 
 class FixedNoiseObjective(nn.Module):
-    r"""The negative log likelihood of a batch, in nats an example, with every :math:`\theta` at a fixed value.
+    r"""The negative log likelihood of a batch, in nats per example, with every :math:`\theta` at a fixed value.
 
     Args:
         model: The model; its parameters are all that is trained.

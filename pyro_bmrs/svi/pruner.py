@@ -100,7 +100,7 @@ class Pruner:
         return masks
 
     def remove_within(self, cost_removed: CostRemoved, target: float, supported_only: bool) -> dict[str, int]:
-        """Remove structures by score, as long as no more than ``target`` of the cost is gone, and return how many.
+        """Remove structures by score, as long as no more than ``target`` of the cost is removed; return how many.
 
         The last structure of a site is never removed.
 
@@ -231,7 +231,7 @@ class Pruner:
         return criterion.supported(self._context(), scores), scores
 
     def _spared(self, site: str, score: Tensor) -> Tensor:
-        """Return the scores of a site with minus infinity where there is nothing to remove: gone, unknown, or last."""
+        """Return the scores of a site, minus infinity where nothing may be removed: removed, unknown, or last."""
         keep = self.model.noise[site].keep.to(score.device)
         score = score.nan_to_num(nan=-math.inf).masked_fill(~keep, -math.inf)
         if bool(keep.any()):

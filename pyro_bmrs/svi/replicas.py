@@ -83,7 +83,7 @@ class ReplicaTrainer:
         seeds: Of the order of each one's data.
         elbo: The objective of the epochs with noise.
         data: Inputs and observations.
-        batch_size: At most this many examples a step and replica.
+        batch_size: At most this many examples per step and replica.
         rates: Learning rates and KL weight over the epochs.
 
     Raises:
@@ -123,7 +123,7 @@ class ReplicaTrainer:
         keep_freed_memory(self.device)
 
     def noisy_epoch(self) -> list[float]:
-        """Run one epoch of SVI and return each replica's mean loss, in nats an example."""
+        """Run one epoch of SVI and return each replica's mean loss, in nats per example."""
         return self._epoch(_together(self._template, self.stack, {}))
 
     def fine_tune_epoch(self) -> list[float]:

@@ -14,8 +14,8 @@ __all__ = ["FIRST_MULTIPLIER", "Steering"]
 FIRST_MULTIPLIER = 0.05  # of the KL's weight: it rises while weights learn, in the place of a warm-up
 _TURNS = 60  # of a fit
 _GAIN = 0.2  # nats of the multiplier's logarithm, a turn, for each nat that the size's logarithm is off
-_LARGEST_STEP = 0.4  # nats a turn
-_FIRST_REMOVAL = 1 / 3  # of the steps: by then the multiplier has come to where it belongs
+_LARGEST_STEP = 0.4  # nats per turn
+_FIRST_REMOVAL = 1 / 3  # of the steps: by then the multiplier has settled
 _REMOVAL_AT_ALL_COSTS = 0.7  # of the steps: from here on by score, if the size that is supported is still too small
 _CLOSE = 0.05  # nats of the size's logarithm
 _NEARLY_THERE = 0.14  # nats of the size's logarithm that one more structure may be too many for
@@ -36,7 +36,7 @@ class Steering:
         steps: Number of steps with noise.
 
     Raises:
-        ValueError: If there is no criterion, or the size is out of reach even with one structure a site.
+        ValueError: If there is no criterion, or the size is out of reach even with one structure per site.
     """
 
     def __init__(self, pruner: Pruner, target: ToSize, steps: int) -> None:
@@ -50,7 +50,7 @@ class Steering:
         if (most := self.cost_removed(smallest)) < target.remove:
             raise ValueError(
                 f"remove={target.remove:g} is out of reach: with one structure left of each site, {most:.3f} of the "
-                f"{target.cost} are gone; put noise on more structures"
+                f"{target.cost} are removed; put noise on more structures"
             )
 
     def is_due(self, step: int) -> bool:

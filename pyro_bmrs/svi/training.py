@@ -63,13 +63,13 @@ class Trainer:
         self._fixed_noise_step: Step | None = None
 
     def noisy_epoch(self, between: Callable[[], None] | None = None) -> float:
-        """Run one epoch of SVI and return its mean loss, in nats an example; call ``between`` after each step."""
+        """Run one epoch of SVI and return its mean loss, in nats per example; call ``between`` after each step."""
         if self._noisy_step is None:
             self._noisy_step = self._prepare(NoisyObjective(self.model, self.guide, self.elbo))
         return self._epoch(self._noisy_step, between)
 
     def fine_tune_epoch(self) -> float:
-        """Run one epoch of the weights alone and return the mean negative log likelihood, in nats an example."""
+        """Run one epoch of the weights alone and return the mean negative log likelihood, in nats per example."""
         if self._fixed_noise_step is None:
             self._fixed_noise_step = self._prepare(FixedNoiseObjective(self.model, self.guide.mean()))
         return self._epoch(self._fixed_noise_step)

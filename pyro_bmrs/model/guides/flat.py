@@ -61,7 +61,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
                 names = " or ".join(kind.__name__ for kind in self.prior_types)
                 raise TypeError(
                     f"site {site!r} has a {type(layer.prior).__name__} prior, but {type(self).__name__} is for "
-                    f"{names} ones; use another guide, or write one with one sample statement a site"
+                    f"{names} ones; use another guide, or write one with one sample statement per site"
                 )
         self._sizes: dict[str, int] = model.sizes
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too

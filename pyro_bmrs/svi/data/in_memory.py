@@ -30,7 +30,7 @@ class InMemory(Source):
         x: Inputs: a tensor of shape ``(n, ...)``, or a tuple or dictionary of such.
         y: Observations, of shape ``(n, ...)``.
         name: What errors call them.
-        batch_size: At most this many examples a batch.
+        batch_size: At most this many examples per batch.
     """
 
     def __init__(self, x: Inputs, y: Tensor, name: str, batch_size: int) -> None:

@@ -20,7 +20,7 @@ Data = Any
 """A pair of tensors or arrays, or a mapping of them; a ``Dataset``; a ``DataLoader``; a sized iterable of batches."""
 
 
-@torch.random.fork_rng(devices=[])  # what the caller's own code draws while it is tried is nobody's
+@torch.random.fork_rng(devices=[])  # the caller's code may draw while it is tried
 def make_source(
     data: Any, name: str, dtype: torch.dtype, unpack: Unpack | None = None, batch_size: int | None = None
 ) -> Source:
@@ -32,7 +32,7 @@ def make_source(
         name: What to call them.
         dtype: The network's.
         unpack: From a batch to inputs and observations.
-        batch_size: At most this many examples a batch, where the data do not come in batches already; by default a
+        batch_size: At most this many examples per batch, where the data do not come in batches already; by default a
             sixteenth of them, but 16 to 64.
 
     Raises:

@@ -79,7 +79,7 @@ class DatasetStream(_Stream):
         name: What errors call it.
         dtype: The network's.
         unpack: From a batch, collated by torch's default, to inputs and observations.
-        batch_size: At most this many examples a batch.
+        batch_size: At most this many examples per batch.
     """
 
     def __init__(self, dataset: Any, name: str, dtype: torch.dtype, unpack: Unpack | None, batch_size: int) -> None:

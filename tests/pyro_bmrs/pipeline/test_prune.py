@@ -83,7 +83,16 @@ def made_without_seed():
 def test_it_prints_both_tables():
     net = made()
     text = str(bmrs.prune(net, TRAIN, VALIDATION, **SETTINGS))
-    for part in ("layer", "first", "second", "kept %", "parameters", "FLOPs an example", "ms a batch of", "as given"):
+    for part in (
+        "layer",
+        "first",
+        "second",
+        "kept %",
+        "parameters",
+        "FLOPs per example",
+        "ms per batch of",
+        "as given",
+    ):
         assert part in text
     assert "validation accuracy %" in text
     assert "of 100 examples)" in text
@@ -137,7 +146,7 @@ def test_some_structures_only():
             TypeError,
             r"for a regression, .*Normal\(out.squeeze\(-1\), 0.1\); for labels of 0 and 1, ",
         ),
-        (lambda: Net(1), Y, {}, ValueError, r"one output an example.*Bernoulli\(logits=out.squeeze\(-1\)\)"),
+        (lambda: Net(1), Y, {}, ValueError, r"one output per example.*Bernoulli\(logits=out.squeeze\(-1\)\)"),
         (Wrapped, Y, {}, TypeError, r"the network returns an Output: .* output=lambda out: out.logits"),
         (Wrapped, Y, {"output": "logits"}, TypeError, "output must be a function"),
         (Wrapped, Y, {"output": lambda out: out.nothing}, ValueError, "output does not take a Output"),
