@@ -1,9 +1,11 @@
+import re
 import warnings
 
 import pytest
 import torch
 
-from analysis.examples import plain_loop
+import pyro_bmrs as bmrs
+from analysis.examples import long_fit, noise_by_hand, plain_loop
 
 
 def test_a_plain_loop(capsys):
@@ -23,3 +25,20 @@ def test_other_trainers(name, needs, capsys):
         small = import_module(f"analysis.examples.{name}").main(epochs=2)
     assert "parameters ->" in capsys.readouterr().out
     assert isinstance(small, torch.nn.Module)
+
+
+def test_noise_by_hand(tmp_path, capsys):
+    small = noise_by_hand.main(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert int(re.search(r"(\d+) % of the parameters removed", printed).group(1)) >= 70
+    assert float(re.search(r"\naccuracy (\d\.\d+)", printed).group(1)) >= 0.92
+    assert str(bmrs.load(tmp_path / "small")) == str(small)
+
+
+def test_a_long_fit(tmp_path):
+    result, replicas = long_fit.main(str(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoint" / "fit.safetensors").exists()
+    assert result.compression > 0
+    assert [replica.seed for replica in replicas] == [0, 1, 2, 3, 4]
+    again, _ = long_fit.main(str(tmp_path / "other"))
+    assert len(again.history) == len(result.history) == 42
