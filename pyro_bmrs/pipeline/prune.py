@@ -131,8 +131,10 @@ def prune(
         settings["pruning"] = ToSize(remove, cost)
     elif cost != "parameters":
         raise ValueError(f"cost={cost!r} is the cost of which remove= is the fraction: give both, or neither")
-    source = _source(net, train, "train", unpack)
-    held_out = source if validation is None else _source(net, validation, "validation", unpack)
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    batch_size = settings.pop("batch_size", None)
+    source = make_source(train, "train", dtype, unpack, batch_size)
+    held_out = None if validation is None else make_source(validation, "validation", dtype, unpack, batch_size)
     plain = copied(net)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     example = first_examples(source.first[0], _TIMED)
@@ -147,15 +149,10 @@ def prune(
         noisy = attach_noise(plain, structures, prior)
     model = NoisyNetwork(noisy, likelihood, kl_weight=kl_weight)
     guide = TruncatedLogNormalGuide(model)
-    result = fit(model, guide, train, validation, unpack=unpack, **settings)
+    result = fit(model, guide, source, held_out, **settings)
     smaller = compact(model, guide, None, few).to(device)
-    comparison = compare([without_noise(net), smaller], likelihood, example, held_out)
+    comparison = compare([without_noise(net), smaller], likelihood, example, held_out or source)
     return Pruned(smaller, result, model, guide, structures, comparison)
-
-
-def _source(net: nn.Module, data: Data, name: str, unpack: Unpack | None) -> Source:
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return make_source(data, name, dtype, unpack)
 
 
 def _likelihood(

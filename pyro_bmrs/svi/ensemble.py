@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmrs.checks import check_flag, check_function, check_integer, check_list, check_seed, described
+from pyro_bmrs.checks import check_flag, check_function, check_list, check_seed, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
@@ -131,8 +131,6 @@ def fit_ensemble(
     check_choices(criterion, pruning)
     _check_pruning(pruning)
     seeds = _checked_seeds(seeds)
-    if batch_size is not None:
-        check_integer("batch_size", batch_size, low=1)
     check_flag("progress", progress)
     check_function("make", make, "that returns a model and its guide")
     if callbacks is not None:

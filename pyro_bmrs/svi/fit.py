@@ -162,7 +162,7 @@ def fit(
     """
     check_model_and_guide(model, guide)
     check_choices(criterion, pruning)
-    _check_numbers(batch_size, checkpoint_every, seed)
+    _check_numbers(checkpoint_every, seed)
     _check_switches(compile, progress, resume, folder, pruning)
     elbo = MeanFieldELBO(granularity)
     fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
@@ -224,9 +224,7 @@ def fit(
     return result
 
 
-def _check_numbers(batch_size: Any, checkpoint_every: Any, seed: Any) -> None:
-    if batch_size is not None:
-        check_integer("batch_size", batch_size, low=1)
+def _check_numbers(checkpoint_every: Any, seed: Any) -> None:
     check_integer("checkpoint_every", checkpoint_every, low=1)
     if seed is not None:
         check_seed("seed", seed)

@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import torch
 
-from pyro_bmrs.checks import check_function, check_list, described
+from pyro_bmrs.checks import check_list, described
 from pyro_bmrs.criteria import Criterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
@@ -80,8 +80,6 @@ def check_data_sets(
     batch_size: int | None = None,
 ) -> tuple[Source, Source | None]:
     """Return training and validation data, which each of ``models``, all alike, and its likelihood take."""
-    if unpack is not None:
-        check_function("unpack", unpack, "from a batch to inputs and observations")
     dtype = next((p.dtype for p in models[0].parameters() if p.is_floating_point()), torch.get_default_dtype())
     sources = [make_source(train, "train", dtype, unpack, batch_size)]
     if validation is not None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyro_bmrs.checks import described
+from pyro_bmrs.checks import check_function, check_integer, described
 from pyro_bmrs.svi.data.checking import as_tensors
 from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.source import Source
@@ -24,7 +24,7 @@ Data = Any
 def make_source(
     data: Any, name: str, dtype: torch.dtype, unpack: Unpack | None = None, batch_size: int | None = None
 ) -> Source:
-    """Return the source that ``data`` are.
+    """Return the source that ``data`` are, or ``data`` if they are one already.
 
     Args:
         data: A pair of tensors or arrays, or a mapping of them; a ``Dataset``; a ``DataLoader``; or any iterable of
@@ -39,6 +39,12 @@ def make_source(
         TypeError: If they are something else.
         ValueError: If they are empty, or there is something wrong with them.
     """
+    if isinstance(data, Source):
+        return data
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, low=1)
+    if unpack is not None:
+        check_function("unpack", unpack, "from a batch to inputs and observations")
     if isinstance(data, TensorDataset) and (unpack is not None or len(data.tensors) == 2):
         data = data.tensors
     if isinstance(data, list | tuple | Mapping) and not data:
