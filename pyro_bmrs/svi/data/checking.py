@@ -144,6 +144,11 @@ def _likelihood_of(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> Any:
         return first.expand((len(y), *first.batch_shape[1:]))
     except NotImplementedError as error:
         raise ValueError(f"the likelihood cannot be expanded to {len(y)} examples: {_first_line(error)}") from error
+    except (RuntimeError, LookupError, AttributeError) as error:  # of the caller's own function
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(
+            f"the likelihood does not take what the network returns, {described(output)} ({reason})"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

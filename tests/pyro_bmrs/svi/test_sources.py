@@ -228,6 +228,16 @@ def test_refusals(data, settings, error, message):
         fitted(data, **settings)
 
 
+@pytest.mark.parametrize(
+    "likelihood", [lambda out: out.nothing, lambda out: out[5, 5, 5], lambda out: out["logits"] @ X]
+)
+def test_a_likelihood_that_fails_is_named(likelihood):
+    torch.manual_seed(0)
+    model = bmrs.NoisyNetwork(Named(), likelihood)
+    with pytest.raises(ValueError, match="the likelihood does not take what the network returns, a dict"):
+        bmrs.fit(model, bmrs.TruncatedLogNormalGuide(model), ({"x": X}, Y), **QUICK)
+
+
 def test_an_ensemble_takes_tensors_only():
     with pytest.raises(TypeError, match="train of an ensemble must be a pair of tensors"):
         bmrs.fit_ensemble(build, DataLoader(TensorDataset(X, Y)), seeds=(0, 1), epochs=1)
