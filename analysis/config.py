@@ -69,7 +69,7 @@ class RunConfig:
     decay: bool
     kl_weight: float | str
     kl_warmup_epochs: int
-    granularity: Literal["example", "batch", "element"]
+    granularity: Literal["shared", "example", "batch", "element"]
     pruning: Literal["continuous", "post-training"]
     prune_from: int
     prune_until: int

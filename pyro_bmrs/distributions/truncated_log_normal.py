@@ -128,11 +128,17 @@ class TruncatedLogNormal(TorchDistribution):
         return numerics.quantile(value.double(), self.loc, self.scale, self.log_low, self.log_high)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
+        dtype = torch.float32 if self.loc.dtype == torch.float32 else torch.float64
+        return self.rsample_at(torch.rand(self._extended_shape(sample_shape), dtype=dtype, device=self.loc.device))
+
+    def rsample_at(self, uniform: Tensor) -> Tensor:
+        """Return the draw that each of ``uniform``, in [0, 1), stands for, differentiable in the parameters.
+
+        Quickly in float32, where it is the quantile at ``uniform`` or at one less it; exactly otherwise.
+        """
         if self.loc.dtype == torch.float32:
-            uniform = torch.rand(shape, dtype=torch.float32, device=self.loc.device)
-            return numerics.draw(uniform, self.loc, self.scale, self.log_low, self.log_high)
-        return self.icdf(torch.rand(shape, dtype=torch.float64, device=self.loc.device))
+            return numerics.draw(uniform.float(), self.loc, self.scale, self.log_low, self.log_high)
+        return self.icdf(uniform)
 
     def _tilted_coordinates(self, order: float) -> tuple[Tensor, Tensor]:
         """Return the coordinates of the density times theta^order: its centre moves by order * scale^2."""

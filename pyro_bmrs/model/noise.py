@@ -83,7 +83,7 @@ class MultiplicativeNoise(NoisePoint):
         _check_rebuilt(prior, self._rebuilt_prior)
         self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
         self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
-        self._waiting: list[weakref.ref[_Waiting]] = []
+        self._waiting: list[weakref.ref[_Gradient]] = []
         self._held: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
 
     @property
@@ -149,9 +149,10 @@ class MultiplicativeNoise(NoisePoint):
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
                 f"input has shape {tuple(x.shape)}"
             )
-        factors = self.factors()
-        if self.site is not None and self.held() is None:
-            factors = self._masked(self.sample(self.site, self.kl_weight))
+        held = self.held()
+        if held is None and self.site is not None:
+            held = self._masked(self.sample(self.site, self.kl_weight))
+        factors = self.factors() if held is None else held
         return x if factors is None else self.multiply(x, factors, self.dim)
 
     def multiply(self, x: Tensor, factors: Tensor, dim: int, batch: int | None = None) -> Tensor:
@@ -170,6 +171,9 @@ class MultiplicativeNoise(NoisePoint):
             ValueError: If there is a draw for each example, and no dimension of ``x`` holds the examples.
         """
         dim %= x.dim()
+        if dim == 1 and not batch and factors.dim() == 2 and len(factors) == len(x) and not self._watchers:
+            factors = factors.to(x.dtype)  # the usual case, of a draw for each example, without looking further
+            return x * (factors if x.dim() == 2 else factors.reshape(*factors.shape, *(1,) * (x.dim() - 2)))
         own = [*x.shape[:dim], *x.shape[dim + 1 :]]
         for watcher in self._watchers:
             watcher(self.site or "", tuple(own))
@@ -207,14 +211,19 @@ class MultiplicativeNoise(NoisePoint):
         with poutine.scale(scale=kl_weight):
             return pyro.sample(site, self._declaration()[0])
 
-    def hold(self, theta: Tensor, masked: bool = True) -> None:
-        """Take the noise of the forward pass that begins, of shape ``(*leading, size)``, to be masked or as it is."""
+    def hold(self, theta: Tensor, masked: bool = True, gradient: "_Gradient | None" = None) -> None:
+        """Take the noise of the forward pass that begins.
+
+        Args:
+            theta: Of shape ``(*leading, size)``.
+            masked: Whether structures that have been removed are to be at 0 whatever it is.
+            gradient: What hears of its gradient, if something does already.
+        """
         self._held["now"] = self._masked(theta) if masked else theta
-        if theta.requires_grad and torch.is_grad_enabled() and may_ask(theta, on_device=True) and _is_ordinary_pass():
-            waiting = _Waiting()
-            theta.register_hook(waiting)  # which lives as long as the graph does
-            self._waiting = [each for each in self._waiting if each() is not None]
-            self._waiting.append(weakref.ref(waiting))
+        gradient = gradient or _Gradient.of(theta)
+        if gradient is not None:
+            self._waiting[:] = [each for each in self._waiting if each() is not None]
+            self._waiting.append(weakref.ref(gradient))
 
     def release(self) -> None:
         """Hear that the forward pass has ended."""
@@ -344,11 +353,20 @@ def _as_many(factors: Tensor, shape: list[int]) -> Tensor:
     return factors.repeat(repeats, 1)[:count].reshape(*shape, factors.shape[-1])
 
 
-class _Waiting:
+class _Gradient:
     """Hears when the gradient of a pass's noise has been computed: nothing of that pass can run again then."""
 
     def __init__(self) -> None:
         self.done = False
+
+    @classmethod
+    def of(cls, theta: Tensor) -> "_Gradient | None":
+        """Return one for noise that will have a gradient, which it lives as long as; None for other noise."""
+        if theta.requires_grad and torch.is_grad_enabled() and may_ask(theta, on_device=True) and _is_ordinary_pass():
+            gradient = cls()
+            theta.register_hook(gradient)
+            return gradient
+        return None
 
     def __call__(self, gradient: Tensor) -> None:
         self.done = True
@@ -388,8 +406,13 @@ def supply_noise(
         values: For each site a tensor of shape ``(*leading, size)``.
         masked: Whether structures that have been removed are to be at 0 whatever the values.
     """
+    gradients: dict[int, _Gradient | None] = {}  # one for all noise that was drawn as one tensor
     for site, layer in layers.items():
-        layer.hold(values[site], masked)
+        theta = values[site]
+        drawn: Tensor = theta._base if theta._is_view() else theta  # type: ignore[assignment]
+        if id(drawn) not in gradients:
+            gradients[id(drawn)] = _Gradient.of(drawn)
+        layer.hold(theta, masked, gradients[id(drawn)])
     try:
         yield
     finally:

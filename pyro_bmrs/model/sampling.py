@@ -23,8 +23,8 @@ def sampled_noise(model: NoisyNetwork, guide: FlatGuide, examples: int | None = 
     Args:
         model: The model, whose ``net`` is run inside.
         guide: Its guide.
-        examples: Number of examples in the batch, each of which gets noise of its own: gradients are far less noisy.
-            By default all share one draw.
+        examples: Number of examples in the batch, which then share draws as ``guide.draw_shared`` has it: gradients are
+            far less noisy. By default all share one draw.
 
     Raises:
         TypeError, ValueError: If the guide is another model's, or ``examples`` is not positive.
@@ -40,5 +40,6 @@ def sampled_noise(model: NoisyNetwork, guide: FlatGuide, examples: int | None = 
     check_pair(model, guide)
     if examples is not None:
         check_integer("examples", examples, low=1)
-    with supply_noise(model.noise, guide.draw(() if examples is None else (examples,))), no_fast_path():
+    noise = guide.draw() if examples is None else guide.draw_shared(examples)
+    with supply_noise(model.noise, noise), no_fast_path():
         yield

@@ -28,7 +28,7 @@ cumulant's gradient is the next cumulant.
 """
 
 from pyro_bmrs.numerics.divergence import kl_from_uniform, kl_of_truncated
-from pyro_bmrs.numerics.draw import draw
+from pyro_bmrs.numerics.draw import draw, draw_and_kl
 from pyro_bmrs.numerics.interval import (
     excess,
     interval_coordinates,
@@ -44,6 +44,7 @@ __all__ = [
     "LOG_SQRT_2PI",
     "dawson",
     "draw",
+    "draw_and_kl",
     "excess",
     "interval_coordinates",
     "kl_from_uniform",

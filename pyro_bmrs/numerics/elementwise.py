@@ -1,5 +1,6 @@
 """Functions with gradients of their own that work element by element: what they do under ``torch.func.vmap``."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ class Elementwise(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # torch looks this up at every call, which takes longer than most of what a function does.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
         def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
             outputs = cls.apply(*_in_front(info.batch_size, in_dims, inputs))

@@ -59,6 +59,8 @@ def refusing(what: str) -> Iterator[None]:
 
 def batch_size(inputs: Inputs) -> int:
     """Return the number of examples in a network's inputs: the length of their first tensor."""
+    if isinstance(inputs, Tensor) and inputs.dim() > 0:
+        return len(inputs)
     first = next((each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.dim() > 0), None)
     if first is None:
         raise ValueError("the inputs hold no tensor with a batch dimension")

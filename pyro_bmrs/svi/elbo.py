@@ -1,6 +1,6 @@
 """The objective: the evidence lower bound of a mean-field posterior, with nothing computed to be thrown away."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -18,7 +18,7 @@ from pyro_bmrs.structures.pair import check_pair
 
 __all__ = ["Granularity", "MeanFieldELBO", "ObservedLogProb", "check_lean"]
 
-Granularity = Literal["example", "batch", "element"]
+Granularity = Literal["shared", "example", "batch", "element"]
 
 
 class MeanFieldELBO(TraceMeanField_ELBO):
@@ -32,14 +32,15 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     a module: ``elbo = MeanFieldELBO()(model, guide); elbo(x, y).backward()``.
 
     Args:
-        granularity: How often noise is drawn. ``"example"``: every example has its own, which leaves the
-            objective as it is and makes its gradient far less noisy. ``"batch"``: one draw a batch, Pyro's plain
-            meaning. ``"element"``: one for every element of a layer's input (each position of a feature map), the
-            paper's reference code. On Pyro's own path noise is drawn once per batch.
+        granularity: How often noise is drawn. ``"shared"``: a few draws per batch, stratified, which examples share
+            (``draw_shared`` of the guide). ``"example"``: every example has its own. Both leave the objective as it is,
+            and make its gradient far less noisy than ``"batch"``: one draw per batch, Pyro's plain meaning.
+            ``"element"``: one for every element of a layer's input (each position of a feature map), the paper's
+            reference code. On Pyro's own path noise is drawn once per batch.
         num_particles: Number of draws averaged.
 
     Raises:
-        ValueError: If ``granularity`` is none of the three.
+        ValueError: If ``granularity`` is none of the four.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
@@ -49,10 +50,10 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         torch.Size([])
     """
 
-    def __init__(self, granularity: Granularity = "example", num_particles: int = 1) -> None:
+    def __init__(self, granularity: Granularity = "shared", num_particles: int = 1) -> None:
         super().__init__(num_particles=check_integer("num_particles", num_particles, low=1, high=10**6))
-        if granularity not in ("example", "batch", "element"):
-            raise ValueError(f'granularity must be "example", "batch" or "element", but got {granularity!r}')
+        if granularity not in get_args(Granularity):
+            raise ValueError(f'granularity must be "shared", "example", "batch" or "element", but got {granularity!r}')
         self.granularity = granularity
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,8 +70,16 @@ class MeanFieldELBO(TraceMeanField_ELBO):
             TypeError, ValueError: If the guide is not that of the model.
         """
         check_pair(model, guide)
-        particles = [self._particle(model, guide, *args, **kwargs) for _ in range(self.num_particles)]
-        return guide.kl(), torch.stack(particles).mean()
+        examples = batch_size(args[0] if args else kwargs["x"])
+        if self.granularity == "shared":
+            draws, kl = guide.draw_and_kl(examples)
+        else:
+            draws, kl = self._draw(model, guide, *args, **kwargs), guide.kl()
+        first = self._log_likelihood(draws, model, *args, **kwargs)
+        if self.num_particles == 1:
+            return kl, first
+        others = [self._draw(model, guide, *args, **kwargs) for _ in range(self.num_particles - 1)]
+        return kl, torch.stack([first, *(self._log_likelihood(each, model, *args, **kwargs) for each in others)]).mean()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Accumulate gradients and return the loss; this is what ``SVI.step`` calls."""
@@ -89,8 +98,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def _particle(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> Tensor:
-        draws = self._draw(model, guide, *args, **kwargs)
+    def _log_likelihood(self, draws: dict[str, Tensor], model: NoisyNetwork, *args: Any, **kwargs: Any) -> Tensor:
         with ObservedLogProb() as observed:
             log_likelihood = model.log_likelihood(*args, **{**kwargs, "noise": draws})
         return log_likelihood + observed.total
@@ -99,6 +107,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         if self.granularity == "batch":
             return guide.draw()
         x = args[0] if args else kwargs["x"]
+        if self.granularity == "shared":
+            return guide.draw_shared(batch_size(x))
         if self.granularity == "example":
             return guide.draw((batch_size(x),))
         shapes = model.element_shapes(x)

@@ -77,7 +77,7 @@ def fit_ensemble(
     posterior_lr: float | None = None,
     decay: bool = True,
     kl_warmup_epochs: int | None = None,
-    granularity: Granularity = "example",
+    granularity: Granularity = "shared",
     device: str | torch.device = "auto",
     unremovable: Unremovable = "refuse",
     progress: bool = True,

@@ -71,7 +71,7 @@ def fit(
     posterior_lr: float | None = None,
     kl_warmup_epochs: int | None = None,
     decay: bool = True,
-    granularity: Granularity = "example",
+    granularity: Granularity = "shared",
     device: str | torch.device = "auto",
     precision: str = "32-true",
     fabric: "Fabric | None" = None,

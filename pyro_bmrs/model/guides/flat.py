@@ -129,6 +129,17 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
         """Draw all noise at once: a tensor of shape ``(*sample_shape, size)`` for each site."""
         return self.split(self.flat_posterior().rsample(sample_shape))
 
+    def draw_shared(self, examples: int) -> dict[str, Tensor]:
+        """Draw the noise of a batch's examples, of which several may share a draw: ``(examples, size)`` for each site.
+
+        Here every example has a draw of its own; a family that has quantiles can do with fewer.
+        """
+        return self.draw((examples,))
+
+    def draw_and_kl(self, examples: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return ``draw_shared(examples)`` and ``kl()``, for which a family may have a quicker way."""
+        return self.draw_shared(examples), self.kl()
+
     def kl(self) -> Tensor:
         """Return the KL from the prior, summed over the structures that remain, in nats; sites by their weight."""
         counted = self.keep * self._site_weights()

@@ -291,7 +291,7 @@ def test_draws_for_each_example_leave_the_mean_of_the_loss():
             return torch.tensor([float(elbo.loss(model, guide, x, y)) for _ in range(200)])
 
     stock = losses(TraceMeanField_ELBO())
-    for granularity in ("example", "batch"):
+    for granularity in ("shared", "example", "batch"):
         ours = losses(bmrs.MeanFieldELBO(granularity))
         error = math.sqrt(float((stock.var() + ours.var()) / 200))
         assert abs(float(stock.mean() - ours.mean())) < 4 * error
@@ -318,7 +318,7 @@ def test_the_program_has_one_site_a_group():
     assert [site for site in draws.stochastic_nodes if site in model.sizes] == list(model.sizes)
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_at_every_granularity(name, granularity):
     model, guide = attached(name, torch.float32)
@@ -331,7 +331,7 @@ def test_gradients_at_every_granularity(name, granularity):
     assert (guide.loc.grad != 0).all()
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_fit_then_compact(name, granularity):
     model, guide = attached(name, torch.float32)
@@ -358,7 +358,7 @@ def test_a_compiled_fit_is_the_same():
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_traced_step_is_the_same(name, granularity):
     model, guide = attached(name)
@@ -500,7 +500,7 @@ def checkpointed(reentrant):
     return model, guide
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_activation_checkpointing_changes_no_gradient(granularity):
     x, y = data("residual", 5)
     elbo = bmrs.MeanFieldELBO(granularity)

@@ -6,7 +6,7 @@ from torch import nn
 import pyro_bmrs as bmrs
 
 
-@pytest.mark.parametrize(("granularity", "examples"), [("example", 20), ("batch", None)])
+@pytest.mark.parametrize(("granularity", "examples"), [("shared", 20), ("batch", None)])
 def test_a_loss_under_noise_and_the_kl_are_the_negative_elbo(granularity, examples):
     model, guide = small_classifier()
     x, y = torch.randn(20, 6), torch.randint(3, (20,))

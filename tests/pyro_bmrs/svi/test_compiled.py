@@ -31,7 +31,7 @@ def outcome(step, objective, *args, seed=3):
     return loss, [p.grad for p in objective.parameters()], [b.clone() for b in objective.buffers()]
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "batch_norm"])
 def test_loss_gradients_and_buffers_are_those_of_forward_and_backward(name, granularity):
     objective, x, y = objective_of(name, granularity=granularity)

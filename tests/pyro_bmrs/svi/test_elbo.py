@@ -89,7 +89,7 @@ def test_value_is_the_elbo_of_the_formula():
     log_likelihood = dist.Categorical(logits=model.net.output(h)).log_prob(y).sum()
     kl = sum(kl_divergence(q, guide.prior()[site]).sum() for site, q in guide.posterior().items())
     expected = kl - 100 / len(x) * log_likelihood
-    for granularity in ("example", "batch", "element"):
+    for granularity in ("shared", "example", "batch", "element"):
         found = bmrs.MeanFieldELBO(granularity).differentiable_loss(model, guide, x, y)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_elements_have_noise_of_their_own():
     assert shapes["fc1_noise.theta"] == (6, 120)
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_svi_step_trains_weights_and_posterior(granularity):
     model, guide = small_classifier(num_data=200)
     x, y = blobs(200)

@@ -79,7 +79,7 @@ def assert_same(together, alone):
             assert now == pytest.approx(then, rel=1e-10, abs=1e-10)
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_replicas_are_what_fits_one_by_one_come_to(granularity):
     data = (problem(), problem(50, seed=1))
     settings = {**QUICK, "granularity": granularity, "kl_warmup_epochs": 2}
@@ -99,7 +99,7 @@ def test_batches_of_any_size(batch_size):
     assert_same(together, apart(make(), SEEDS[:2], problem(), **settings))
 
 
-@pytest.mark.parametrize("granularity", ["example", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "element"])
 def test_a_network_with_batch_norm_and_images_of_bytes(granularity):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (60, 2, 8, 8), generator=generator, dtype=torch.uint8)
@@ -299,7 +299,7 @@ def test_a_stack_and_its_modules_share_tensors_until_released():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_on_a_gpu(granularity):
     settings = {**QUICK, "granularity": granularity, "device": "cuda"}
     together = bmrs.fit_ensemble(make(), problem(), problem(50), seeds=SEEDS, **settings)
@@ -321,7 +321,7 @@ def beta():
     return model, bmrs.BetaGuide(model)
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_beta_noise_is_fitted_at_once_as_one_by_one(granularity):
     settings = {**QUICK, "epochs": 20, "granularity": granularity}
     alone = []

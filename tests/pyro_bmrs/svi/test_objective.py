@@ -31,7 +31,7 @@ def loss_and_gradients(objective):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("granularity", ["example", "batch"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch"])
 def test_a_graph_traced_at_the_first_parameters_holds_for_all_others(granularity, dtype, fixed_draws):
     bmrs_model, _, x = build("mlp", batch=40, dtype=dtype)
     y = torch.arange(len(x)) % 4

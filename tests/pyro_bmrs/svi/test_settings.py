@@ -53,7 +53,7 @@ CHANGES = {
     "lr": [(None, TypeError, "lr must be a positive number, but got None"), (float("inf"), ValueError, "lr must be")],
     "posterior_lr": [("1", TypeError, "posterior_lr must be a positive number")],
     "decay": [("no", TypeError, "decay must be True or False, but got 'no'")],
-    "granularity": [("pixel", ValueError, 'granularity must be "example"'), (None, ValueError, "granularity")],
+    "granularity": [("pixel", ValueError, 'granularity must be "shared"'), (None, ValueError, "granularity")],
     "device": [
         ("tpu", ValueError, "device is 'tpu', but the devices here are"),
         ("meta", ValueError, "device is 'meta'"),

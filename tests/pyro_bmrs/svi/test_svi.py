@@ -75,7 +75,7 @@ def test_removed_structures_keep_the_posterior_they_were_removed_for():
     torch.testing.assert_close(now[removed], result.scores[site][removed])
 
 
-@pytest.mark.parametrize("granularity", ["example", "batch", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_all_granularities_train(granularity):
     x, y = blobs()
     model, guide = small_classifier()
