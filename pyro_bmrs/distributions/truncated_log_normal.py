@@ -150,8 +150,9 @@ class TruncatedLogNormal(TorchDistribution):
         """Return log E[theta^order], of shape ``batch_shape``, in float64."""
         loc, scale, low, high = self.double_parameters()
         mode = torch.clamp(loc + order * scale**2, low, high)
-        log_mass = numerics.log_integral(*self._tilted_coordinates(order))
-        log_mass = log_mass - numerics.log_integral(*self.interval_coordinates())
+        both = zip(self._tilted_coordinates(order), self.interval_coordinates(), strict=True)
+        tilted, plain = numerics.log_integral(*(torch.stack(pair) for pair in both))
+        log_mass = tilted - plain
         return order * mode - numerics.excess(mode, loc, scale, low, high) + log_mass
 
     @property

@@ -28,6 +28,9 @@ def predict(
 ) -> Any:
     r"""Return the network's outputs in eval mode with every :math:`\theta` at its posterior mean.
 
+    Each call computes these means and multiplies by them: for inference again and again, ``compact`` once, and use the
+    plain network that it returns.
+
     Args:
         model: The model.
         guide: Its guide.
@@ -51,8 +54,8 @@ def predict(
     if not examples(x):
         raise ValueError(f"x holds no examples: it is {described(x)}")
     masks = check_masks(masks, model.noise, model.sizes)
-    values = {site: mean * masks[site] for site, mean in guide.mean().items()}
     with evaluating(model), torch.no_grad():
+        values = {site: mean * masks[site] for site, mean in guide.mean().items()}
         outputs = []
         for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size):
             inputs = tree_map(lambda each: to_input(each, model.net), batch)

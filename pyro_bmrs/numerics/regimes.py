@@ -122,10 +122,8 @@ def _narrow_log_integral(distance: Tensor, width: Tensor) -> Tensor:
 
 def integral_over_uniform(slope: Tensor, curvature: Tensor) -> Tensor:
     """Return the mean of ``exp(-slope * y - curvature * y**2) - 1`` for uniform y in [-1, 1], both at most about 1."""
-    mean = torch.zeros_like(slope)
-    for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True):
-        mean = mean + weight / 2 * torch.expm1(-node * (slope + node * curvature))
-    return mean
+    nodes, weights = (torch.as_tensor(v, dtype=slope.dtype, device=slope.device) for v in (_NODES, _WEIGHTS / 2))
+    return torch.expm1(-nodes * torch.addcmul(slope.unsqueeze(-1), nodes, curvature.unsqueeze(-1))) @ weights
 
 
 def _narrow_shape(distance: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

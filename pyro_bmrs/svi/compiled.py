@@ -26,7 +26,6 @@ _LEFT_TO_ATEN = {
 _OPTIONS: dict[str, Any] = {
     "layout_optimization": False,  # copying to channels-last and back costs more than small convolutions gain
     "fallback_random": True,  # the same stream of random numbers as without compilation
-    "realize_opcount_threshold": 8,  # store what is computed once a structure, not again for each draw that reads it
 }
 
 

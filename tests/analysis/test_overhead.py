@@ -4,7 +4,7 @@ import pytest
 
 from analysis.overhead import Overhead, format_tables, main
 
-TINY = Overhead(networks=("mlp",), batch_sizes=(4,), threads=(1,), rounds=2, device="cpu", compile=False)
+TINY = Overhead(networks=("mlp",), batch_sizes=(4,), threads=(1,), rounds=2, device="cpu", compile=False, fit_epochs=1)
 
 
 def check(report, folder, threads):
@@ -15,7 +15,8 @@ def check(report, folder, threads):
     for result in report["results"]:
         assert (result["network"], result["batch_size"]) == ("mlp", 4)
         assert set(result["training"]) == {"plain", "ours", "attached", "SVI.step"}
-        assert set(result["inference"]) == {"plain", "with noise layers", "pruned by half"}
+        assert set(result["inference"]) == {"plain", "predict", "compacted", "compacted by half"}
+        assert set(result["posterior"]) == {"noise", "beyond a bound"}
         for timing in (*result["training"].values(), *result["inference"].values()):
             for quartiles in timing.values():
                 assert 0 < quartiles[0] <= quartiles[1] <= quartiles[2]
@@ -26,7 +27,7 @@ def test_it_writes_figures_and_tables(tmp_path, capsys):
     report = main(Overhead(**{**vars(TINY), "output": tmp_path / "new"}))
     check(report, tmp_path / "new", threads=1)
     table = capsys.readouterr().out
-    for word in ("training", "inference", "SVI.step", "the paper's ratio", "8.3"):
+    for word in ("training", "inference", "SVI.step", "published", "8.3", "fitted for 1 epochs"):
         assert word in table
 
 
