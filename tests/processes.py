@@ -139,8 +139,8 @@ def two_noises(folder):
     """Write down what each rank draws."""
 
     class Noted(bmrs.TruncatedLogNormalGuide):
-        def draw(self, sample_shape=()):
-            values = super().draw(sample_shape)
+        def draw_shared(self, examples):
+            values = super().draw_shared(examples)
             drawn.append(values["2.theta"].detach().flatten()[:50])
             return values
 

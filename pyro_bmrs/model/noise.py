@@ -409,7 +409,8 @@ def supply_noise(
     gradients: dict[int, _Gradient | None] = {}  # one for all noise that was drawn as one tensor
     for site, layer in layers.items():
         theta = values[site]
-        drawn: Tensor = theta._base if theta._is_view() else theta  # type: ignore[assignment]
+        whole = theta._base if theta._is_view() else None
+        drawn = theta if whole is None or whole.grad_fn is None else whole  # a parameter would keep what hears of it
         if id(drawn) not in gradients:
             gradients[id(drawn)] = _Gradient.of(drawn)
         layer.hold(theta, masked, gradients[id(drawn)])
