@@ -6,6 +6,8 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
+from pyro_bmrs.svi.elbo import Granularity
+
 __all__ = ["METHODS", "PEERS", "DatasetName", "NetworkName", "RecipeName", "RunConfig"]
 
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "digits"]
@@ -69,7 +71,7 @@ class RunConfig:
     decay: bool
     kl_weight: float | str
     kl_warmup_epochs: int
-    granularity: Literal["shared", "example", "batch", "element"]
+    granularity: Granularity
     pruning: Literal["continuous", "post-training"]
     prune_from: int
     prune_until: int

@@ -22,6 +22,7 @@ from analysis.recipes import make_config
 from analysis.scheduling import connect, count_cores, count_workers, on_dask, on_this_machine
 from analysis.store import Store
 from analysis.tables import write_tables
+from pyro_bmrs.svi.elbo import Granularity
 
 __all__ = ["GRIDS", "Grid", "Study", "configurations", "main"]
 
@@ -97,6 +98,8 @@ class Study:
     pixels: tuple[float, float] | None = None
     """What black and white are to the network."""
     prior_log_odds: float | None = None
+    granularity: Granularity | None = None
+    """How often noise is drawn, instead of the recipe's."""
     pruning: Pruning | None = None
     ranking: Literal["layer", "network"] = "layer"
     """Of torch-pruning's peers: the same fraction of every layer goes, or all structures are ranked together."""
@@ -160,6 +163,7 @@ def configurations(study: Study) -> list[RunConfig]:
         "kl_priced_at",
         "pixels",
         "prior_log_odds",
+        "granularity",
         "pruning",
     )
     given = {name: getattr(study, name) for name in names if getattr(study, name) is not None}

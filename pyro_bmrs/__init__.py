@@ -38,7 +38,8 @@ from pyro_bmrs.criteria import (
 )
 from pyro_bmrs.criteria.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inspection.diagnostics import evidence_changes, to_arviz
+from pyro_bmrs.inspection.diagnostics import evidence_changes
+from pyro_bmrs.inspection.inference_data import to_arviz
 from pyro_bmrs.io.files import prepare_run_folder
 from pyro_bmrs.io.networks import load, save
 from pyro_bmrs.model.attach import AttachedNoise, attach_noise

@@ -20,14 +20,19 @@ Groups = Mapping[str, Mapping[str, Array]]
 _LEGACY = int(arviz.__version__.split(".")[0]) < 1
 
 
-def from_dict(groups: Groups, coords: Mapping[str, Any], dims: Mapping[str, list[str]]) -> Any:
+def from_dict(
+    groups: Groups, coords: Mapping[str, Any], dims: Mapping[str, list[str]], attributes: Mapping[str, Any]
+) -> Any:
     """Return ArviZ's own container of ``groups``, each from variable to array of shape ``(chain, draw, *dims)``.
 
-    InferenceData in 0.x, a DataTree in 1.x.
+    InferenceData in 0.x, a DataTree in 1.x; ``attributes`` are those of the whole.
     """
     if _LEGACY:
-        return arviz.from_dict(**groups, coords=dict(coords), dims=dict(dims))
-    return arviz.from_dict(groups, coords=dict(coords), dims=dict(dims))
+        data = arviz.from_dict(**groups, coords=dict(coords), dims=dict(dims))
+    else:
+        data = arviz.from_dict(groups, coords=dict(coords), dims=dict(dims))
+    data.attrs.update(attributes)
+    return data
 
 
 def pareto_k(log_weights: Array) -> Array:

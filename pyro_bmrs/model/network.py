@@ -67,6 +67,7 @@ class NoisyNetwork(PyroModule, NoisyModel):
         kl_weights: Weight of each site's KL on top of it, by site: the one place where it is kept.
         sizes: Number of structures of each site.
         fitted: Whether a fit has changed it.
+        fine_tuned: Whether the last thing that a fit did was to train the weights with every noise at a fixed value.
 
     Raises:
         TypeError: If ``net``, ``likelihood``, ``num_data`` or ``kl_weight`` is something else.
@@ -109,7 +110,7 @@ class NoisyNetwork(PyroModule, NoisyModel):
         self._frozen = [module for module in own.modules() if not module.training] if own.training else []
         self.likelihood = categorical if likelihood is None else likelihood
         self.num_data = num_data
-        self.fitted = False
+        self.fitted = self.fine_tuned = False
         self._element_shapes: dict[tuple[torch.Size, ...], dict[str, tuple[int, ...]]] = {}
 
     @property

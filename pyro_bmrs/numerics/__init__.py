@@ -22,9 +22,9 @@ Dawson's function in the place of the Mills ratio.
 
 The regimes' values stand in ``regimes.py``, what is differentiable of them in ``interval.py``, the other way of curving
 in ``quadratic.py``, exact quantiles in ``quantile.py``. What every training step needs is simpler and faster: the
-divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but ``draw`` expect float64 (callers
-convert at the edge); all work elementwise on broadcastable tensors. First and second derivatives are exact: each
-cumulant's gradient is the next cumulant.
+divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but those of draws expect float64
+(callers convert at the edge); all work elementwise on broadcastable tensors. First and second derivatives are exact:
+each cumulant's gradient is the next cumulant.
 """
 
 from pyro_bmrs.numerics.divergence import kl_from_uniform, kl_of_truncated

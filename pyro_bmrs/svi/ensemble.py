@@ -182,6 +182,7 @@ def fit_ensemble(
 def _ended(seed: int, fit: "_Fit", started: float) -> Replica:
     """Return what has become of one replica, and tell its callbacks."""
     model, guide = fit.history.model.eval(), fit.history.guide
+    model.fine_tuned = fit.history.ends_fine_tuned
     result = FitResult(fit.pruner.masks, fit.pruner.scores, fit.history.entries, time.perf_counter() - started)
     fit.listener.on_end(result)
     return Replica(seed, model, guide, result)

@@ -217,6 +217,7 @@ def fit(
                 model.fitted = True
                 run.go(plan, checkpoint_every, listener)
             model.eval()
+            model.fine_tuned = run.history.ends_fine_tuned
             result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds)
             listener.on_end(result)
             if fabric.is_global_zero:

@@ -60,6 +60,11 @@ class History:
         self.entries.append(entry)
         return entry
 
+    @property
+    def ends_fine_tuned(self) -> bool:
+        """Whether the noise was at fixed values in the last epoch."""
+        return bool(self.entries) and self.entries[-1]["phase"] != "noisy"
+
     def state(self) -> State:
         """Return all that a resumed fit needs to know."""
         return State(info={"entries": self.entries})

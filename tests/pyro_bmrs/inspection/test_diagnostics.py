@@ -30,7 +30,7 @@ def test_arviz_summarises_and_stores_it(tmp_path):
     _, guide, _ = build("mlp")
     data = bmrs.to_arviz(guide)
     summary = arviz.summary(data, kind="stats")
-    assert len(summary) == sum(guide.sizes.values())
+    assert len(summary) == 2 * sum(guide.sizes.values())  # theta and its logarithm
     data.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
     stored = arviz.from_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
     site = next(iter(guide.sizes))
@@ -40,7 +40,7 @@ def test_arviz_summarises_and_stores_it(tmp_path):
 def test_draws_are_reproducible_and_leave_the_random_state_alone():
     _, guide, _ = build("mlp")
     torch.manual_seed(1)
-    a, b = bmrs.to_arviz(guide, 5, seed=3), bmrs.to_arviz(guide, 5, seed=3)
+    a, b = bmrs.to_arviz(guide, draws=5, seed=3), bmrs.to_arviz(guide, draws=5, seed=3)
     after = torch.rand(2)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(2))

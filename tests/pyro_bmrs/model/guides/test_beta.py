@@ -61,7 +61,7 @@ def test_evidence_is_that_of_the_betas():
 def test_figures_and_arviz_take_it():
     _, guide = classifier()
     assert bmrs.plot_forest(guide) is not None
-    assert bmrs.to_arviz(guide, 10).posterior["2.theta"].shape == (1, 10, 32)
+    assert bmrs.to_arviz(guide, draws=10).posterior["2.theta"].shape == (1, 10, 32)
 
 
 def test_other_priors_are_refused():

@@ -1,0 +1,189 @@
+"""A fitted posterior in ArviZ's container: draws of the noise, what they say of data, and what the evidence says."""
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.bmr import evidence_change, precision_window, spike
+from pyro_bmrs.checks import check_integer, check_seed, described
+from pyro_bmrs.inspection.draws import each_draw, on_host
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.pair import check_pair
+from pyro_bmrs.svi.data.making import make_source
+from pyro_bmrs.svi.data.source import Source
+from pyro_bmrs.svi.data.unpacking import Unpack
+
+__all__ = ["to_arviz"]
+
+Groups = dict[str, dict[str, "np.ndarray[Any, Any]"]]
+
+_REDUCED: dict[str, Callable[[Any], Distribution]] = {
+    "BMRS_N": spike,
+    "BMRS_U_8": lambda prior: precision_window(prior, 8, None),
+    "BMRS_U_4": lambda prior: precision_window(prior, 4, None),
+}
+
+
+@torch.no_grad()
+def to_arviz(
+    model: NoisyNetwork | FlatGuide,
+    guide: FlatGuide | None = None,
+    data: Any = None,
+    draws: int = 1000,
+    seed: int = 0,
+    *,
+    unpack: Unpack | None = None,
+) -> Any:
+    r"""Return a fitted posterior as ArviZ's InferenceData (0.x) or DataTree (1.x).
+
+    A variational posterior has independent draws and no chains: they count as one chain, and are summarised by
+    ``arviz.summary(..., kind="stats")``. Sites are called ``<layer>.theta``; coordinates are the structures' numbers in
+    the original network, ``<site>_structure``, and of data ``example``. Groups:
+
+    - ``posterior`` and ``prior``: ``<layer>.theta`` and ``<layer>.log_theta``, of shape ``(1, draws, size)``. Removed
+      structures keep the posterior for which they were removed, unless they have been cut out by shrinking.
+    - ``constant_data``, for each site and structure: ``.kept`` (1 or 0), ``.mean``, ``.snr`` (mean over standard
+      deviation), ``.delta_f_BMRS_N``, ``.delta_f_BMRS_U_8`` and ``.delta_f_BMRS_U_4`` (in nats, >= 0 favours removal;
+      where they are known for the prior), ``.odds`` (of absence, from BMRS_N and even prior odds), ``.original_index``
+      and ``.layer``.
+    - With ``data``: ``log_likelihood`` of every example, ``posterior_predictive``, ``observed_data``, each of ``obs``,
+      of shape ``(1, draws, n, ...)``, and ``sample_stats``: ``lp``, the log of the joint density of data and noise, and
+      ``log_q``, the posterior's. The network runs once per draw and batch, in eval mode.
+
+    Attributes of the whole say how it was made: settings, seed, versions, and what the weights were trained for last.
+    After fine-tuning they fit the posterior's mean, and draws of the noise predict worse than that.
+
+    Args:
+        model: The model. Alone, a guide of ours does, which knows its model.
+        guide: Its guide.
+        data: Examples to predict: whatever ``fit`` takes.
+        draws: Number of draws. With ``n`` examples, results take ``12 * draws * n`` bytes for one label each; inputs
+            are streamed in batches.
+        seed: Of the draws; the global random state is left alone.
+        unpack: From a batch of ``data`` to inputs and observations, as for ``fit``.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If the guide is another model's, ``draws`` is not positive, or the network does not take ``data``.
+    """
+    from pyro_bmrs._arviz import from_dict  # noqa: PLC0415  (ArviZ takes as long to import as torch)
+
+    model, guide = _pair(model, guide)
+    check_integer("draws", draws, low=1, high=10**7)
+    check_seed("seed", seed)
+    source = None if data is None else _source(data, model, guide, unpack)
+    with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        thetas = guide.draw((draws,))
+        prior = {site: distribution.sample((draws,)) for site, distribution in guide.prior().items()}
+        groups: Groups = {"posterior": _noise(thetas), "prior": _noise(prior), "constant_data": _constants(guide)}
+        if source is not None:
+            groups |= _predictions(model, guide, thetas, source)
+    structures = {f"{site}_structure": layer.index.tolist() for site, layer in guide.noise.items()}
+    dims = {
+        name: [f"{_site_of(name, guide)}_structure"]
+        for group in ("posterior", "constant_data")
+        for name in groups[group]
+    }
+    if source is not None:
+        structures["example"] = list(range(source.size))
+        extra = groups["observed_data"]["obs"].ndim - 1
+        dims["obs"] = ["example", *(f"obs_dim_{i}" for i in range(extra))]
+    return from_dict(groups, structures, dims, _attributes(model, draws, seed))
+
+
+def _pair(model: Any, guide: Any) -> tuple[NoisyNetwork, FlatGuide]:
+    if guide is None:
+        if not isinstance(model, FlatGuide):
+            raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(model)}")
+        model, guide = model.model, model
+    check_pair(model, guide)
+    return model, guide
+
+
+def _source(data: Any, model: NoisyNetwork, guide: FlatGuide, unpack: Unpack | None) -> Source:
+    like = next((each for each in model.net.parameters() if each.is_floating_point()), guide.keep.float())
+    source = make_source(data, "data", like.dtype, unpack, batch_size=None)
+    source.check(model)
+    return source
+
+
+def _noise(thetas: Mapping[str, Tensor]) -> dict[str, "np.ndarray[Any, Any]"]:
+    """Return noise and its logarithm, with the one chain that ArviZ wants in front."""
+    found = {}
+    for site, theta in thetas.items():
+        found[site] = on_host(theta.unsqueeze(0))
+        found[_log_name(site)] = on_host(theta.clamp_min(torch.finfo(theta.dtype).tiny).log().unsqueeze(0))
+    return found
+
+
+def _log_name(site: str) -> str:
+    return f"{site.removesuffix('theta')}log_theta"
+
+
+def _site_of(name: str, guide: FlatGuide) -> str:
+    return next(site for site in guide.sizes if name in (site, _log_name(site)) or name.startswith(f"{site}."))
+
+
+def _constants(guide: FlatGuide) -> dict[str, "np.ndarray[Any, Any]"]:
+    priors, found = guide.prior(), {}
+    for site, posterior in guide.posterior().items():
+        layer = guide.noise[site]
+        found[f"{site}.kept"] = on_host(layer.keep).astype("int8")
+        found[f"{site}.original_index"] = on_host(layer.index)
+        found[f"{site}.layer"] = np.array([site.removesuffix(".theta")] * layer.size)
+        found[f"{site}.mean"] = on_host(posterior.mean)
+        found[f"{site}.snr"] = on_host(getattr(posterior, "snr", posterior.mean / posterior.stddev))
+        for name, reduced_prior in _REDUCED.items():
+            try:
+                delta_f = evidence_change(posterior, priors[site], reduced_prior(priors[site]))
+            except (NotImplementedError, TypeError):  # there is no such reduction of this prior
+                continue
+            found[f"{site}.delta_f_{name}"] = on_host(delta_f)
+            if name == "BMRS_N":
+                found[f"{site}.odds"] = on_host(delta_f.double().clamp(max=700).exp())
+    return found
+
+
+def _predictions(model: NoisyNetwork, guide: FlatGuide, thetas: Mapping[str, Tensor], source: Source) -> Groups:
+    """Return what each draw of the noise says of each example."""
+    log_likelihood, predicted, observed = [], [], []
+    for y, distributions in each_draw(model, thetas, source, guide.device):
+        of_batch = [(on_host(each.log_prob(y).float()), on_host(each.sample())) for each in distributions]
+        log_likelihood.append(np.stack([first for first, _ in of_batch]))
+        predicted.append(np.stack([second for _, second in of_batch]))
+        observed.append(on_host(y))
+    pointwise = np.concatenate(log_likelihood, 1)
+    log_prior, log_q = (
+        sum(distribution.log_prob(thetas[site]).double().sum(-1) for site, distribution in distributions.items())
+        for distributions in (guide.prior(), guide.posterior())
+    )
+    lp = pointwise.sum(1, dtype=np.float64) + on_host(log_prior)
+    return {
+        "log_likelihood": {"obs": pointwise[None]},
+        "posterior_predictive": {"obs": np.concatenate(predicted, 1)[None]},
+        "observed_data": {"obs": np.concatenate(observed)},
+        "sample_stats": {"lp": lp[None], "log_q": on_host(log_q)[None]},
+    }
+
+
+def _attributes(model: NoisyNetwork, draws: int, seed: int) -> dict[str, Any]:
+    settings = {"kl_weight": model.kl_weight, "kl_weights": model.kl_weights, "num_data": model.num_data}
+    packages = {name: version(name) for name in ("pyro-bmrs", "pyro-ppl", "torch")}
+    weights = "the posterior's mean" if model.fine_tuned else "draws of the noise" if model.fitted else "nothing here"
+    return {
+        "inference_library": "pyro-bmrs",
+        "inference_library_version": packages["pyro-bmrs"],
+        "settings": json.dumps({**settings, "draws": draws}),
+        "seed": seed,
+        "versions": json.dumps({"python": platform.python_version(), **packages}),
+        "weights_trained_for": weights,
+    }
