@@ -188,7 +188,7 @@ def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
         "fine_tune_epochs": fine_tune_epochs,
         "decay": True,
         "kl_warmup_epochs": epochs // 4,
-        "granularity": "example",
+        "granularity": "shared",
         "prune_from": epochs // 4 + 1,
         "prune_until": epochs,
         "prior_log_odds": math.log(3) if judged else 0.0,

@@ -39,6 +39,7 @@ from pyro_bmrs.criteria import (
 from pyro_bmrs.criteria.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inspection.diagnostics import evidence_changes
+from pyro_bmrs.inspection.evaluation import PredictiveEvaluation, PredictiveScores, Reliability, evaluate
 from pyro_bmrs.inspection.inference_data import to_arviz
 from pyro_bmrs.io.files import prepare_run_folder
 from pyro_bmrs.io.networks import load, save
@@ -72,6 +73,7 @@ from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
 
 if TYPE_CHECKING:
+    from pyro_bmrs.inspection.layer_plots import plot_network, plot_reliability, plot_ridge
     from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 
 __version__ = "0.1.0"
@@ -103,11 +105,14 @@ __all__ = [
     "NoisyNetwork",
     "PostTraining",
     "PosteriorMean",
+    "PredictiveEvaluation",
+    "PredictiveScores",
     "ProgressBar",
     "Pruned",
     "PruningContext",
     "Random",
     "Reduction",
+    "Reliability",
     "Replica",
     "SampledEvidenceChange",
     "SearchResult",
@@ -128,6 +133,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "estimate_evidence_change",
+    "evaluate",
     "evidence_change",
     "evidence_changes",
     "find_structures",
@@ -140,7 +146,10 @@ __all__ = [
     "plot_evidence_snr",
     "plot_forest",
     "plot_history",
+    "plot_network",
     "plot_reduction",
+    "plot_reliability",
+    "plot_ridge",
     "posterior_and_prior",
     "precision_window",
     "predict",
@@ -163,7 +172,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the plots, and Matplotlib with them, once they are asked for."""
     if name.startswith("plot_") and name in __all__:
-        from pyro_bmrs.inspection import plots  # noqa: PLC0415  (Matplotlib)
+        from pyro_bmrs.inspection import layer_plots, plots  # noqa: PLC0415  (Matplotlib)
 
-        return getattr(plots, name)
+        return getattr(plots if name in plots.__all__ else layer_plots, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

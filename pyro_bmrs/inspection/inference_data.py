@@ -17,7 +17,7 @@ from pyro_bmrs.inspection.draws import each_draw, on_host
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.pair import check_pair
-from pyro_bmrs.svi.data.making import make_source
+from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
 
@@ -79,7 +79,7 @@ def to_arviz(
     model, guide = _pair(model, guide)
     check_integer("draws", draws, low=1, high=10**7)
     check_seed("seed", seed)
-    source = None if data is None else _source(data, model, guide, unpack)
+    source = None if data is None else source_of(data, model, unpack)
     with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
         torch.manual_seed(seed)
         thetas = guide.draw((draws,))
@@ -107,13 +107,6 @@ def _pair(model: Any, guide: Any) -> tuple[NoisyNetwork, FlatGuide]:
         model, guide = model.model, model
     check_pair(model, guide)
     return model, guide
-
-
-def _source(data: Any, model: NoisyNetwork, guide: FlatGuide, unpack: Unpack | None) -> Source:
-    like = next((each for each in model.net.parameters() if each.is_floating_point()), guide.keep.float())
-    source = make_source(data, "data", like.dtype, unpack, batch_size=None)
-    source.check(model)
-    return source
 
 
 def _noise(thetas: Mapping[str, Tensor]) -> dict[str, "np.ndarray[Any, Any]"]:

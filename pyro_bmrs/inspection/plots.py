@@ -14,14 +14,24 @@ from pyro_bmrs.bmr import evidence_change
 from pyro_bmrs.bmr.registry import check_distributions
 from pyro_bmrs.checks import check_number, described
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.inspection.drawing import (
+    BY_ODDS,
+    KEPT,
+    LOG_THETA,
+    NEUTRAL,
+    REMOVED,
+    axes_of,
+    by_site,
+    layer_name,
+    legend,
+    log_quantiles,
+    on_cpu,
+)
 from pyro_bmrs.model.guides.flat import FlatGuide
 
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
 
-# Okabe and Ito's colours, told apart by everyone.
-KEPT, REMOVED, BY_ODDS, NEUTRAL = "#0072B2", "#D55E00", "#E69F00", "#555555"
 _BARE_MENTION = 1.1  # nats: "not worth more than a bare mention" (Kass and Raftery, 1995)
-_LOG_THETA = r"$\log\,\theta$ (nats)"
 _DELTA_F = r"evidence change $\Delta F$ (nats, symmetric log)"
 
 
@@ -58,8 +68,8 @@ def plot_reduction(
                 f"plot_reduction draws densities of log(theta) between the bounds of LogUniform and TruncatedLogNormal "
                 f"distributions, but {argument} is {described(each)}"
             )
-    ax = _axes(ax)
-    posterior, prior, reduced_prior = (_on_cpu(each) for each in (posterior, prior, reduced_prior))
+    ax = axes_of(ax)
+    posterior, prior, reduced_prior = (on_cpu(each) for each in (posterior, prior, reduced_prior))
     delta_f = float(evidence_change(posterior, prior, reduced_prior))
     support: Any = prior.support
     low, high = (float(torch.log(bound)) for bound in (support.lower_bound, support.upper_bound))
@@ -81,17 +91,13 @@ def plot_reduction(
     ax.set_yscale("log")
     ax.set_ylim(1e-4, 10 * peak)
     ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
-    ax.set_xlabel(_LOG_THETA)
+    ax.set_xlabel(LOG_THETA)
     ax.set_ylabel(r"density of $\log\,\theta$ (1/nat, log scale)")
     verdict = "favours" if delta_f >= 0 else "is hardly against" if delta_f > -_BARE_MENTION else "is against"
     title = rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {verdict} removal"
     ax.set_title(f"{name}\n{title}" if name else title, fontsize=10)
     ax.legend(frameon=False)
     return ax
-
-
-def _on_cpu(distribution: Any) -> Distribution:
-    return type(distribution)(**{name: getattr(distribution, name).cpu() for name in distribution.arg_constraints})
 
 
 def _log_theta_density(distribution: Distribution, log_theta: Tensor) -> Tensor:
@@ -101,21 +107,6 @@ def _log_theta_density(distribution: Distribution, log_theta: Tensor) -> Tensor:
     clamped = theta.clamp(float(support.lower_bound), float(support.upper_bound)).to(support.lower_bound)
     density = torch.exp(distribution.log_prob(clamped).double() + torch.log(clamped.double()))
     return torch.where(inside, density, 0.0)
-
-
-def _log_quantiles(posterior: Any, probabilities: Sequence[float]) -> list[Tensor]:
-    """Return quantiles of log(theta): exact where the family has them, of 4,000 draws elsewhere."""
-    if hasattr(posterior, "log_icdf"):
-        return [posterior.log_icdf(torch.full_like(posterior.mean, p)).cpu() for p in probabilities]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        theta = posterior.sample((4000,)).cpu()
-    if bool((theta < 0).any()):
-        raise ValueError(
-            f"noise of a {type(posterior).__name__} posterior may be negative and has no logarithm to draw"
-        )
-    draws = torch.log(theta)
-    return [torch.quantile(draws, p, dim=0) for p in probabilities]
 
 
 @torch.no_grad()
@@ -138,14 +129,14 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
         raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
     if not 0 < check_number("mass", mass) < 1:
         raise ValueError(f"mass must lie inside (0, 1), but got {mass}")
-    ax = _axes(ax, figsize=(7, 9))
+    ax = axes_of(ax, figsize=(7, 9))
     tail = (1 - mass) / 2
     keep = guide.split(guide.keep)
     kept = {site: mask.cpu() for site, mask in keep.items()}
     band = max(sum(int(mask.sum()) for mask in kept.values()) // (8 * len(kept)), 2)  # rows
     row, ticks = 0, {}
     for site, posterior in guide.posterior().items():
-        low, median, high = _log_quantiles(posterior, (tail, 0.5, 1 - tail))
+        low, median, high = log_quantiles(posterior, (tail, 0.5, 1 - tail))
         mask, first = kept[site], row
         order = median[mask].argsort(descending=True)
         rows = row + np.arange(len(order))
@@ -158,15 +149,15 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
             centre = (row + band / 2, (lowest + highest) / 2)
             ax.text(centre[1], centre[0], f"{int((~mask).sum())} removed", ha="center", va="center", fontsize=7)
             row += band + 1
-        ticks[f"{_layer(site)}\n{int(mask.sum())} of {len(mask)}"] = (first + row - 1) / 2
+        ticks[f"{layer_name(site)}\n{int(mask.sum())} of {len(mask)}"] = (first + row - 1) / 2
         row += 2
         ax.axhline(row - 1.5, color="0.85", linewidth=0.6)
     ax.set_yticks(list(ticks.values()), list(ticks))
     ax.set_ylim(row - 1, -2)
-    ax.set_xlabel(_LOG_THETA)
+    ax.set_xlabel(LOG_THETA)
     ax.set_ylabel("layer, one row per structure that is kept")
     ax.set_title(f"posterior median and {100 * mass:.0f} % interval", loc="right", fontsize=10)
-    _legend(ax, {"kept": KEPT, "removed": REMOVED})
+    legend(ax, {"kept": KEPT, "removed": REMOVED})
     return ax
 
 
@@ -192,12 +183,12 @@ def plot_evidence(
         TypeError: If an argument is of another type.
         ValueError: If sites or shapes differ.
     """
-    delta_f = _by_site("delta_f", delta_f)
+    delta_f = by_site("delta_f", delta_f)
     check_number("prior_log_odds", prior_log_odds, positive=False)
     if masks is None:
         masks = {site: values + prior_log_odds < 0 for site, values in delta_f.items()}
-    masks = _by_site("masks", masks, like=delta_f, dtype=torch.bool)
-    ax = _axes(ax)
+    masks = by_site("masks", masks, like=delta_f, dtype=torch.bool)
+    ax = axes_of(ax)
     generator = np.random.default_rng(0)
     for column, (site, values) in enumerate(delta_f.items()):
         kept = masks[site].cpu().numpy()
@@ -208,12 +199,12 @@ def plot_evidence(
     ax.axhline(0, color="0.7", linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1)
     _show_all(ax, delta_f)
-    labels = [f"{_layer(site)}\n{int(masks[site].sum())} of {len(values)} kept" for site, values in delta_f.items()]
+    labels = [f"{layer_name(site)}\n{int(masks[site].sum())} of {len(values)} kept" for site, values in delta_f.items()]
     ax.set_xticks(range(len(delta_f)), labels)
     ax.set_xlabel("layer, one point per structure")
     ax.set_ylabel(_DELTA_F)
     causes = {"kept": KEPT, "removed by the evidence": REMOVED, "removed by the prior odds": BY_ODDS}
-    _legend(ax, causes, line=f"decision line, {-prior_log_odds:.2g} nats")
+    legend(ax, causes, line=f"decision line, {-prior_log_odds:.2g} nats")
     return ax
 
 
@@ -239,13 +230,13 @@ def plot_evidence_snr(
         TypeError: If an argument is of another type.
         ValueError: If sites or shapes differ.
     """
-    delta_f = _by_site("delta_f", delta_f)
-    snr = _by_site("snr", snr, like=delta_f)
+    delta_f = by_site("delta_f", delta_f)
+    snr = by_site("snr", snr, like=delta_f)
     check_number("prior_log_odds", prior_log_odds, positive=False)
     if masks is None:
         masks = {site: values + prior_log_odds < 0 for site, values in delta_f.items()}
-    masks = _by_site("masks", masks, like=delta_f, dtype=torch.bool)
-    ax = _axes(ax)
+    masks = by_site("masks", masks, like=delta_f, dtype=torch.bool)
+    ax = axes_of(ax)
     palette = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(delta_f)))
     markers = "osD^vP*X"
     for i, (site, values) in enumerate(delta_f.items()):
@@ -253,7 +244,8 @@ def plot_evidence_snr(
             chosen = masks[site] == kept
             ax.scatter(
                 snr[site][chosen], values[chosen], facecolor=face, edgecolor=palette[i],
-                marker=markers[i % len(markers)], s=22, alpha=0.8, linewidth=0.7, label=_layer(site) if kept else None,
+                marker=markers[i % len(markers)], s=22, alpha=0.8, linewidth=0.7,
+                label=layer_name(site) if kept else None,
             )  # fmt: skip
     ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
     ax.axvline(1.0, color="black", linewidth=1, linestyle=":")
@@ -285,7 +277,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, d
         raise TypeError(f"history must be the records of a fit, but got {described(history)}{hint}")
     if not history:
         raise ValueError("the history is empty: fit for at least one epoch")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     epochs = [entry["epoch"] for entry in history]
     ax.plot(epochs, [100 * entry["compression"] for entry in history], color=REMOVED, label="parameters removed")
     ax.set_ylim(0, 103)
@@ -314,50 +306,8 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, d
     return ax
 
 
-def _axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4.5)) -> Axes:
-    if not (ax is None or isinstance(ax, Axes)):
-        raise TypeError(f"ax must be axes of Matplotlib, as plt.subplots() returns, but got {described(ax)}")
-    return plt.subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
-
-
-def _by_site(
-    name: str, values: Any, like: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Return ``values``, which must be a real tensor for each site, of the sites and shapes of ``like``, to draw."""
-    if not isinstance(values, Mapping):
-        hint = f"; pass its .{name}" if hasattr(values, name) else ""
-        raise TypeError(f"{name} must map sites to tensors, but got {described(values)}{hint}")
-    if not values or (like is not None and values.keys() != like.keys()):
-        wanted = "at least one site" if like is None else f"the sites {list(like)}"
-        raise ValueError(f"{name} must have {wanted}, but names {list(values)}")
-    for site, each in values.items():
-        if not isinstance(each, Tensor) or each.dim() != 1 or each.is_complex() or dtype not in (None, each.dtype):
-            kind = "bool tensor" if dtype is torch.bool else "tensor"
-            raise TypeError(f"{name} of site {site!r} must be a {kind} of one dimension, but got {described(each)}")
-        if like is not None and each.shape != like[site].shape:
-            raise ValueError(
-                f"{name} of site {site!r} must be of shape {tuple(like[site].shape)}, one per structure of the "
-                f"original network, but is of shape {tuple(each.shape)}"
-            )
-    return {site: each.detach().cpu() for site, each in values.items()}
-
-
 def _show_all(ax: Axes, delta_f: Mapping[str, Tensor]) -> None:
     """Leave room above and below all values on a symmetric logarithmic axis."""
     finite = torch.cat([values[values.isfinite()] for values in delta_f.values()])
     if len(finite):
         ax.set_ylim(2 * min(-1.0, float(finite.min())), 2 * max(1.0, float(finite.max())))
-
-
-def _layer(site: str) -> str:
-    return site.removesuffix(".theta").removesuffix("_noise")
-
-
-def _legend(ax: Axes, colours: Mapping[str, str], line: str | None = None) -> None:
-    for name, colour in colours.items():
-        ax.scatter([], [], color=colour, s=16, label=name)
-    if line is not None:
-        ax.plot([], [], color="black", linestyle="--", linewidth=1, label=line)
-    ax.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, fontsize=8, columnspacing=1
-    )

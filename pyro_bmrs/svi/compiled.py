@@ -26,6 +26,7 @@ _LEFT_TO_ATEN = {
 _OPTIONS: dict[str, Any] = {
     "layout_optimization": False,  # copying to channels-last and back costs more than small convolutions gain
     "fallback_random": True,  # the same stream of random numbers as without compilation
+    "realize_opcount_threshold": 4,  # store what more than so many operations make, and do not make it again
 }
 
 

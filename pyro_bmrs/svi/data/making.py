@@ -8,13 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_bmrs.checks import check_function, check_integer, described
+from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.svi.data.checking import as_tensors
 from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.stream import DatasetStream, LoaderStream
 from pyro_bmrs.svi.data.unpacking import Unpack, unpacked
 
-__all__ = ["Data", "make_source"]
+__all__ = ["Data", "make_source", "source_of"]
 
 Data = Any
 """A pair of tensors or arrays, or a mapping of them; a ``Dataset``; a ``DataLoader``; a sized iterable of batches."""
@@ -65,6 +66,18 @@ def make_source(
         f"{name} must be a pair of tensors (inputs, observations), a Dataset, a DataLoader or an iterable of batches "
         f"with a length, but got {described(data)}{_remedy(data)}"
     )
+
+
+def source_of(data: Any, model: NoisyNetwork, unpack: Unpack | None = None) -> Source:
+    """Return the source that ``data`` are, once it is known that the model takes them.
+
+    Raises:
+        TypeError, ValueError: As ``make_source``, or if it does not.
+    """
+    dtypes = (each.dtype for each in model.net.parameters() if each.is_floating_point())
+    source = make_source(data, "data", next(dtypes, torch.get_default_dtype()), unpack)
+    source.check(model)
+    return source
 
 
 def _default_batch_size(examples: int) -> int:

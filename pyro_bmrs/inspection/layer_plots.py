@@ -1,0 +1,170 @@
+"""Pictures of layers and networks: ridges of posteriors, a map of the evidence, how far predictions can be trusted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.checks import described
+from pyro_bmrs.inspection.diagnostics import evidence_changes
+from pyro_bmrs.inspection.drawing import (
+    KEPT,
+    LOG_THETA,
+    NEUTRAL,
+    REMOVED,
+    axes_of,
+    by_site,
+    layer_name,
+    legend,
+    log_quantiles,
+    on_cpu,
+)
+from pyro_bmrs.inspection.evaluation import PredictiveScores
+from pyro_bmrs.model.guides.flat import FlatGuide
+
+__all__ = ["plot_network", "plot_reliability", "plot_ridge"]
+
+_POINTS = 400  # of each density
+_RIDGES = 60  # that fit on one axes
+_TAIL = 1e-3  # mass that is left out at either end
+
+
+@torch.no_grad()
+def plot_ridge(guide: FlatGuide, site: str | None = None, ax: Axes | None = None) -> Axes:
+    r"""Draw the posterior density of :math:`\log\theta` of every structure of a layer, sorted by its evidence.
+
+    What the evidence would remove first is at the bottom. Of layers with more than 60 structures every second, third,
+    ... of the sorted ones is drawn. Heights are relative to each density's own maximum.
+
+    Args:
+        guide: The fitted guide, of noise that is positive.
+        site: The layer's site; by default the first one.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
+        ValueError: If there is no such site, or noise may be negative.
+    """
+    if not isinstance(guide, FlatGuide):
+        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
+    site = next(iter(guide.sizes)) if site is None else site
+    if site not in guide.sizes:
+        raise ValueError(f"site must be one of {list(guide.sizes)}, but got {site!r}")
+    ax = axes_of(ax, figsize=(7, 7))
+    posterior = on_cpu(guide.posterior()[site])
+    layer = guide.noise[site]
+    kept = layer.keep.cpu()
+    delta_f = evidence_changes(guide)[site][layer.index.cpu()].cpu()
+    order = delta_f.argsort(descending=True)
+    order = order[:: -(-len(order) // _RIDGES)]
+    low, high = log_quantiles(posterior, (_TAIL, 1 - _TAIL))
+    grid = torch.linspace(float(low.min()), float(high.max()), _POINTS, dtype=torch.float64)
+    density = _log_density(posterior, grid)
+    for row, i in enumerate(order.tolist()):
+        height = density[:, i] / density[:, i].max().clamp_min(1e-300)
+        colour = KEPT if bool(kept[i]) else REMOVED
+        ax.fill_between(grid, row, row + 1.8 * height, color=colour, alpha=0.35, linewidth=0, zorder=len(order) - row)
+        ax.plot(grid, row + 1.8 * height, color=colour, linewidth=0.7, zorder=len(order) - row)
+    ticks = np.unique(np.linspace(0, len(order) - 1, min(len(order), 12)).round().astype(int))
+    ax.set_yticks(ticks, [f"{float(delta_f[order[row]]):.3g}" for row in ticks])
+    ax.set_ylabel(r"evidence change $\Delta F$ (nats); first to go at the bottom")
+    ax.set_xlabel(LOG_THETA)
+    shown = "" if len(order) == len(delta_f) else f", {len(order)} of {len(delta_f)} shown"
+    ax.set_title(f"{layer_name(site)}: {int(kept.sum())} of {len(kept)} kept{shown}", loc="right", fontsize=10)
+    legend(ax, {"kept": KEPT, "removed": REMOVED})
+    return ax
+
+
+def _log_density(posterior: Distribution, log_theta: Tensor) -> Tensor:
+    """Return the density of log(theta) at each point, of shape ``(points, structures)``; 0 outside the support."""
+    mean: Any = posterior.mean
+    theta = log_theta.exp().unsqueeze(-1).to(mean).expand(-1, *mean.shape)
+    support: Any = posterior.support
+    inside = support.check(theta)
+    inner = torch.where(inside, theta, mean)
+    return torch.where(inside, (posterior.log_prob(inner).double() + inner.double().log()).exp(), 0.0)
+
+
+def plot_network(
+    delta_f: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, ax: Axes | None = None
+) -> Axes:
+    r"""Draw a network as columns of cells: one column per layer, one cell per structure, coloured by :math:`\Delta F`.
+
+    Structures of a layer are sorted, those that the evidence would remove first at the top; removed ones are crossed.
+    Layers of different sizes have cells of different heights.
+
+    Args:
+        delta_f: For each site a tensor of shape ``(size,)``, as from ``evidence_changes`` or ``FitResult.scores``.
+        masks: For each site a bool tensor of shape ``(size,)``, True = kept.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If ``delta_f`` or ``masks`` does not map sites to tensors, or ``ax`` is no axes.
+        ValueError: If ``masks`` is not for the same sites and sizes.
+    """
+    values = by_site("delta_f", delta_f)
+    kept = {site: torch.ones_like(each, dtype=torch.bool) for site, each in values.items()}
+    if masks is not None:
+        kept = by_site("masks", masks, values, torch.bool)
+    ax = axes_of(ax, figsize=(max(4.0, 0.9 * len(values) + 2), 5))
+    finite = torch.cat([each[each.isfinite()].double() for each in values.values()])
+    limit = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
+    norm = SymLogNorm(linthresh=1.0, vmin=-limit, vmax=limit)
+    for column, (site, each) in enumerate(values.items()):
+        order = each.nan_to_num(-np.inf).argsort(descending=True)
+        edges = np.linspace(0, 1, len(order) + 1)
+        cells = np.ma.masked_invalid(each[order].double().numpy()[:, None])
+        image = ax.pcolormesh(
+            [column - 0.4, column + 0.4],
+            edges,
+            cells,
+            cmap="RdBu_r",
+            norm=norm,
+            edgecolors="white" if len(order) < _RIDGES else "none",
+            linewidth=0.5,
+        )
+        centres = (edges[:-1] + edges[1:]) / 2
+        gone = ~kept[site][order].numpy()
+        ax.scatter(np.full(gone.sum(), column), centres[gone], marker="x", s=9, color="black", linewidth=0.6)
+        ax.text(column, -0.02, f"{int(kept[site].sum())} of {len(order)}", ha="center", va="bottom", fontsize=7)
+    ax.set_ylim(1.01, -0.06)
+    ax.set_yticks([])
+    ax.set_xticks(range(len(values)), [layer_name(site) for site in values], rotation=45, ha="right")
+    ax.set_ylabel("structures, the first to go at the top")
+    ax.figure.colorbar(image, ax=ax, label=r"evidence change $\Delta F$ (nats)")
+    return ax
+
+
+def plot_reliability(scores: PredictiveScores, ax: Axes | None = None) -> Axes:
+    """Draw how often predicted labels are right against how probable they were: on the diagonal if calibrated.
+
+    Args:
+        scores: Of ``evaluate``: ``at_mean`` or ``over_draws``.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If ``scores`` is something else, or ``ax`` no axes.
+        ValueError: If the observations are not labels.
+    """
+    if not isinstance(scores, PredictiveScores):
+        raise TypeError(f"scores must be those of evaluate, .at_mean or .over_draws, but got {described(scores)}")
+    found = scores.reliability
+    if found is None or scores.ece is None:
+        raise ValueError("scores have no reliability, since the observations are not labels")
+    ax = axes_of(ax, figsize=(4.5, 4.5))
+    known = found.labels > 0
+    sizes = 20 + 180 * (found.labels[known] / found.labels.max()).sqrt()
+    ax.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", linewidth=1)
+    ax.plot(found.confidence[known], found.accuracy[known], color=KEPT, linewidth=1)
+    ax.scatter(found.confidence[known], found.accuracy[known], color=KEPT, s=sizes, alpha=0.6)
+    ax.set_xlim(0, 1.03)
+    ax.set_ylim(0, 1.03)
+    ax.set_xlabel("probability of the predicted label")
+    ax.set_ylabel("fraction of these that is right")
+    ax.set_title(f"calibration error {100 * scores.ece:.1f} %; larger dots, more labels", loc="right", fontsize=10)
+    return ax
