@@ -41,6 +41,7 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inspection.diagnostics import evidence_changes
 from pyro_bmrs.inspection.evaluation import PredictiveEvaluation, PredictiveScores, Reliability, evaluate
 from pyro_bmrs.inspection.inference_data import to_arviz
+from pyro_bmrs.inspection.program_data import guide_to_arviz
 from pyro_bmrs.io.files import prepare_run_folder
 from pyro_bmrs.io.networks import load, save
 from pyro_bmrs.model.attach import AttachedNoise, attach_noise
@@ -140,6 +141,7 @@ __all__ = [
     "fit",
     "fit_ensemble",
     "greedy_search",
+    "guide_to_arviz",
     "load",
     "measure_latency",
     "plot_evidence",
