@@ -335,7 +335,11 @@ CALLS = {
         "log_high": 0.0,
     },
     bmrs.evidence_changes: lambda w: {"guide": w.guide, "reduced_prior": bmrs.spike},
-    bmrs.to_arviz: lambda w: {"model": w.model, "guide": w.guide, "data": None, "draws": 3, "seed": 0},
+    bmrs.to_arviz: lambda w: {"model": w.model, "guide": w.guide, "data": (w.x, w.y), "draws": 3, "seed": 0},
+    bmrs.guide_to_arviz: lambda w: {"model": w.model, "guide": w.guide, "x": w.x, "y": w.y, "draws": 2, "seed": 0},
+    bmrs.evaluate: lambda w: {"model": w.model, "guide": w.guide, "data": (w.x, w.y), "draws": 3, "seed": 0},
+    bmrs.plot_ridge: lambda w: {"guide": w.guide, "site": "2.theta", "ax": None},
+    bmrs.plot_network: lambda w: {"delta_f": bmrs.evidence_changes(w.guide), "masks": w.masks, "ax": None},
     bmrs.plot_forest: lambda w: {"guide": w.guide, "mass": 0.9, "ax": None},
     bmrs.plot_evidence: lambda w: {
         "delta_f": bmrs.evidence_changes(w.guide),

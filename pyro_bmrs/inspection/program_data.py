@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_bmrs.checks import check_integer, check_seed, described
 from pyro_bmrs.inspection.draws import on_host
+from pyro_bmrs.structures.inputs import refusing
 
 __all__ = ["guide_to_arviz"]
 
@@ -49,7 +50,8 @@ def guide_to_arviz(
 
     Raises:
         TypeError: If model or guide is no program, or ``draws`` no integer.
-        ValueError: If the guide lacks a latent site of the model, or ``draws`` is not positive.
+        ValueError: If guide or model does not run on the arguments, the guide lacks a latent site of the model, or
+            ``draws`` is not positive.
 
     Example:
         >>> import pyro
@@ -98,8 +100,11 @@ def _one_draw(
     values: Values,
 ) -> None:
     """Append what one run of guide and model gives to ``values``."""
-    drawn = _traced(guide, args, kwargs)
-    joint = _traced(poutine.replay(model, trace=drawn), args, kwargs)
+    with refusing("guide and model do not run on the arguments given for them", remedy="give those that SVI had"):
+        drawn = _traced(guide, args, kwargs)
+        joint = _traced(poutine.replay(model, trace=drawn), args, kwargs)
+        values["sample_stats"]["lp"].append(_number(joint.log_prob_sum()))
+        values["sample_stats"]["log_q"].append(_number(drawn.log_prob_sum()))
     _check_covered(drawn, joint)
     for name, site in _latent(joint):
         values["posterior"][name].append(on_host(site["value"]))
@@ -110,8 +115,6 @@ def _one_draw(
     predicted = _traced(poutine.uncondition(poutine.replay(model, trace=drawn)), args, kwargs)
     for name in values["log_likelihood"]:
         values["posterior_predictive"][name].append(on_host(predicted.nodes[name]["value"]))
-    values["sample_stats"]["lp"].append(_number(joint.log_prob_sum()))
-    values["sample_stats"]["log_q"].append(_number(drawn.log_prob_sum()))
 
 
 def _traced(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:

@@ -48,13 +48,13 @@ def call_example(net: nn.Module, inputs: Inputs, name: str = "the example inputs
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a network raises inside into a ``ValueError`` that says ``what`` is wrong, and why."""
+def refusing(what: str, remedy: str = "give inputs that it takes") -> Iterator[None]:
+    """Turn whatever a caller's code raises inside into a ``ValueError`` that says ``what`` is wrong, and why."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} ({reason}); give inputs that it takes") from error
+        raise ValueError(f"{what} ({reason}); {remedy}") from error
 
 
 def batch_size(inputs: Inputs) -> int:

@@ -98,6 +98,8 @@ def test_what_does_not_fit_is_refused():
     weights = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     with pytest.raises(ValueError, match="no site 'sigma'"):
         bmrs.guide_to_arviz(regression, lambda x, y: pyro.sample("w", weights), X, Y)
+    with pytest.raises(ValueError, match="do not run on the arguments"):
+        bmrs.guide_to_arviz(regression, by_hand, X, "y")
     with pytest.raises(TypeError, match="guide must be a Pyro program"):
         bmrs.guide_to_arviz(regression, 3, X, Y)
     with pytest.raises(ValueError, match="draws must be"):
