@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pyro_bmrs as bmrs
-from analysis.examples import long_fit, noise_by_hand, plain_loop
+from analysis.examples import compare_priors, inspect_posterior, long_fit, noise_by_hand, plain_loop, your_own
 
 
 def test_a_plain_loop(capsys):
@@ -42,3 +42,30 @@ def test_a_long_fit(tmp_path):
     assert [replica.seed for replica in replicas] == [0, 1, 2, 3, 4]
     again, _ = long_fit.main(str(tmp_path / "other"))
     assert len(again.history) == len(result.history) == 42
+
+
+def test_a_posterior_is_inspected(tmp_path, capsys):
+    scores = inspect_posterior.main(str(tmp_path))
+    assert scores.over_draws.accuracy > 0.9
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "ridge.png", "network.png", "forest.png", "reliability.png"
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert 0 < int(re.search(r"kept: (\d+) of 20", printed).group(1)) < 20
+    assert "expected log predictive density" in printed
+
+
+def test_two_priors_are_compared(capsys):
+    scores = compare_priors.main()
+    assert all(each.at_mean.accuracy > 0.9 for each in scores.values())
+    printed = capsys.readouterr().out
+    assert all(int(found) > 50 for found in re.findall(r"(\d+) % of the parameters removed", printed))
+    assert "elpd_loo" in printed
+
+
+def test_a_prior_a_criterion_and_a_guide_of_ones_own(capsys):
+    result = your_own.main()
+    removed = 1 - float(result.masks["2.theta"].float().mean())
+    assert 0.3 < removed < 0.95
+    assert result.compression > 0.3
+    assert "Delta F" in capsys.readouterr().out
