@@ -42,6 +42,7 @@ from pyro_bmrs.inspection.diagnostics import evidence_changes
 from pyro_bmrs.inspection.evaluation import PredictiveEvaluation, PredictiveScores, Reliability, evaluate
 from pyro_bmrs.inspection.inference_data import to_arviz
 from pyro_bmrs.inspection.program_data import guide_to_arviz
+from pyro_bmrs.inspection.trajectories import Trajectories
 from pyro_bmrs.io.files import prepare_run_folder
 from pyro_bmrs.io.networks import load, save
 from pyro_bmrs.model.attach import AttachedNoise, attach_noise
@@ -74,7 +75,13 @@ from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
 
 if TYPE_CHECKING:
-    from pyro_bmrs.inspection.layer_plots import plot_network, plot_reliability, plot_ridge
+    from pyro_bmrs.inspection.layer_plots import (
+        plot_forests,
+        plot_network,
+        plot_reliability,
+        plot_ridge,
+        plot_trajectories,
+    )
     from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
 
 __version__ = "0.1.0"
@@ -120,6 +127,7 @@ __all__ = [
     "Structure",
     "StructureSet",
     "ToSize",
+    "Trajectories",
     "TruncatedLogNormal",
     "TruncatedLogNormalGuide",
     "UnreliableEvidenceWarning",
@@ -147,11 +155,13 @@ __all__ = [
     "plot_evidence",
     "plot_evidence_snr",
     "plot_forest",
+    "plot_forests",
     "plot_history",
     "plot_network",
     "plot_reduction",
     "plot_reliability",
     "plot_ridge",
+    "plot_trajectories",
     "posterior_and_prior",
     "precision_window",
     "predict",

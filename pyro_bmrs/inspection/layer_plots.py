@@ -1,8 +1,9 @@
 """Pictures of layers and networks: ridges of posteriors, a map of the evidence, how far predictions can be trusted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -25,9 +26,11 @@ from pyro_bmrs.inspection.drawing import (
     on_cpu,
 )
 from pyro_bmrs.inspection.evaluation import PredictiveScores
+from pyro_bmrs.inspection.plots import plot_forest
+from pyro_bmrs.inspection.trajectories import Trajectories
 from pyro_bmrs.model.guides.flat import FlatGuide
 
-__all__ = ["plot_network", "plot_reliability", "plot_ridge"]
+__all__ = ["plot_forests", "plot_network", "plot_reliability", "plot_ridge", "plot_trajectories"]
 
 _POINTS = 400  # of each density
 _RIDGES = 60  # that fit on one axes
@@ -52,9 +55,7 @@ def plot_ridge(guide: FlatGuide, site: str | None = None, ax: Axes | None = None
     """
     if not isinstance(guide, FlatGuide):
         raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
-    site = next(iter(guide.sizes)) if site is None else site
-    if site not in guide.sizes:
-        raise ValueError(f"site must be one of {list(guide.sizes)}, but got {site!r}")
+    site = _known_site(site, guide.sizes)
     ax = axes_of(ax, figsize=(7, 7))
     posterior = on_cpu(guide.posterior()[site])
     layer = guide.noise[site]
@@ -138,6 +139,79 @@ def plot_network(
     ax.set_ylabel("structures, the first to go at the top")
     ax.figure.colorbar(image, ax=ax, label=r"evidence change $\Delta F$ (nats)")
     return ax
+
+
+def plot_trajectories(
+    trajectories: Trajectories, site: str | None = None, quantity: str = "delta_f", ax: Axes | None = None
+) -> Axes:
+    """Draw how a quantity of each structure of a layer has moved over the epochs with noise, a line each.
+
+    Args:
+        trajectories: What a fit was given as a callback.
+        site: The layer's site; by default the first one.
+        quantity: ``"delta_f"``, drawn on a symmetric logarithmic axis, or the name of a parameter of the guide.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        TypeError: If ``trajectories`` is something else, or ``ax`` no axes.
+        ValueError: If nothing has been noted, or there is no such site or quantity.
+    """
+    if not isinstance(trajectories, Trajectories):
+        raise TypeError(f"trajectories must be a Trajectories, but got {described(trajectories)}")
+    if not trajectories.epochs:
+        raise ValueError("trajectories have noted nothing: pass them to fit(..., callbacks=[trajectories])")
+    by_site = trajectories.of(quantity)
+    site = _known_site(site, by_site)
+    ax = axes_of(ax)
+    kept = trajectories.guide.noise[site].original_keep.cpu()
+    for i, values in enumerate(by_site[site].t()):
+        ax.plot(trajectories.epochs, values, color=KEPT if bool(kept[i]) else REMOVED, linewidth=0.7, alpha=0.6)
+    if quantity == "delta_f":
+        ax.set_yscale("symlog", linthresh=1.0)
+        ax.axhline(0, color=NEUTRAL, linewidth=1, linestyle=":")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(r"evidence change $\Delta F$ (nats)" if quantity == "delta_f" else quantity.replace("_", " "))
+    ax.set_title(f"{layer_name(site)}: {int(kept.sum())} of {len(kept)} kept", loc="right", fontsize=10)
+    legend(ax, {"kept": KEPT, "removed": REMOVED})
+    return ax
+
+
+def plot_forests(
+    guides: Mapping[str, FlatGuide], mass: float = 0.94, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    r"""Draw forests of several fits side by side, with one scale of :math:`\log\theta`.
+
+    Args:
+        guides: Fitted guides, by what to call them.
+        mass: Posterior mass of the intervals, as for ``plot_forest``.
+        axes: Axes to draw on, one each; new ones by default.
+
+    Raises:
+        TypeError: If ``guides`` is no mapping of guides, or ``axes`` are none.
+        ValueError: If there are no guides, or not as many axes.
+    """
+    if not isinstance(guides, Mapping):
+        raise TypeError(f"guides must map names to guides, but got {described(guides)}")
+    if not guides or (axes is not None and len(axes) != len(guides)):
+        raise ValueError(f"guides must be one or more, with one of axes each, but there are {len(guides)}")
+    if axes is None:
+        size = (4.5 * len(guides), 8)
+        axes = list(plt.subplots(1, len(guides), figsize=size, sharex=True, squeeze=False, layout="constrained")[1][0])
+    for ax, (name, guide) in zip(axes, guides.items(), strict=True):
+        plot_forest(guide, mass, ax)
+        ax.set_title(name, loc="right", fontsize=10)
+    limits = [ax.get_xlim() for ax in axes]
+    for ax in axes:
+        ax.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+    return axes
+
+
+def _known_site(site: str | None, sites: Mapping[str, Any]) -> str:
+    if site is None:
+        return next(iter(sites))
+    if site not in sites:
+        raise ValueError(f"site must be one of {list(sites)}, but got {site!r}")
+    return site
 
 
 def plot_reliability(scores: PredictiveScores, ax: Axes | None = None) -> Axes:

@@ -83,6 +83,52 @@ def test_reliability_is_drawn_bin_by_bin():
     assert f"{100 * scores.ece:.1f} %" in ax.get_title("right")
 
 
+@pytest.fixture
+def seen():
+    """Return what has been noted of a fit that shrinks the network, and its guide."""
+    torch.manual_seed(0)
+    model, guide = small_classifier()
+    noted = bmrs.Trajectories(guide)
+    settings = {"epochs": 12, "fine_tune_epochs": 2, "batch_size": 10, "lr": 1e-2, "posterior_lr": 0.5}
+    few = {"pruning": bmrs.Continuous(start=4, shrink=True), "criterion": bmrs.BMRS_N(prior_log_odds=1.1)}
+    bmrs.fit(model, guide, blobs(150), callbacks=[noted], progress=False, **settings, **few)
+    return noted, guide
+
+
+def test_trajectories_are_those_of_the_guide(seen):
+    noted, guide = seen
+    assert noted.epochs == list(range(1, 13))
+    assert set(noted.quantities) == {"delta_f", "loc", "log_scale"}
+    site, layer = next(iter(guide.noise.items()))
+    loc = noted.of("loc")[site]
+    assert loc.shape == (12, layer.original_size)
+    torch.testing.assert_close(loc[-1][layer.index], guide.loc.detach())
+    cut = torch.ones(layer.original_size, dtype=torch.bool)
+    cut[layer.index] = False
+    assert cut.any()
+    assert loc[-1][cut].isnan().all()
+    assert loc[0].isfinite().all()
+    ax = bmrs.plot_trajectories(noted, site, "log_scale")
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 12]
+    assert len(lines) == layer.original_size
+    np.testing.assert_array_equal(lines[3].get_ydata(), noted.of("log_scale")[site][:, 3].numpy())
+    assert bmrs.plot_trajectories(noted).get_yscale() == "symlog"
+
+
+def test_forests_stand_side_by_side_on_one_scale():
+    guides = {name: small_classifier()[1] for name in ("first", "second")}
+    with torch.no_grad():
+        guides["second"].loc.fill_(-15.0)
+    axes = bmrs.plot_forests(guides)
+    assert [ax.get_title("right") for ax in axes] == ["first", "second"]
+    assert axes[0].get_xlim() == axes[1].get_xlim()
+    assert axes[0].get_xlim()[0] < -15
+    with pytest.raises(ValueError, match="one of axes each"):
+        bmrs.plot_forests(guides, axes=axes[:1])
+    with pytest.raises(TypeError, match="map names to guides"):
+        bmrs.plot_forests(3)
+
+
 def test_they_draw_on_given_axes_and_refuse_nonsense():
     model, guide = small_classifier()
     _, ax = plt.subplots()
@@ -92,6 +138,9 @@ def test_they_draw_on_given_axes_and_refuse_nonsense():
         (lambda: bmrs.plot_ridge(model), TypeError, "guide must be"),
         (lambda: bmrs.plot_network(3), TypeError, "delta_f must map"),
         (lambda: bmrs.plot_network({"a": torch.ones(2)}, {"a": torch.ones(3, dtype=torch.bool)}), ValueError, "shape"),
+        (lambda: bmrs.plot_trajectories(bmrs.Trajectories(guide)), ValueError, "noted nothing"),
+        (lambda: bmrs.plot_trajectories(3), TypeError, "trajectories must be"),
+        (lambda: bmrs.Trajectories(3), TypeError, "guide must be"),
         (lambda: bmrs.plot_reliability(3), TypeError, "scores must be"),
         (lambda: bmrs.plot_reliability(bmrs.PredictiveScores(-1.0)), ValueError, "not labels"),
         (lambda: bmrs.plot_ridge(guide, ax=3), TypeError, "ax must be"),
