@@ -39,7 +39,7 @@ def test_a_run_folder_holds_everything(network, tmp_path, capsys):
     assert bmrs.count_parameters(pruned) == results["params_pruned"] < results["params_dense"]
     x, y = digits().test
     assert (pruned(x).argmax(-1) == y).double().mean().item() == results["accuracy_test"]
-    assert len(arviz.from_netcdf(folder / "posterior.nc", engine="h5netcdf").posterior) == len(results["kept"])
+    assert len(arviz.from_netcdf(folder / "posterior.nc", engine="h5netcdf").posterior) == 2 * len(results["kept"])
     assert (folder / "checkpoint" / "model.safetensors").exists()
     table = capsys.readouterr().out
     for word in ("structures", "kept", "parameters", "FLOPs", "test accuracy", "dense", "pruned"):
