@@ -154,16 +154,15 @@ def _scores(
     draws = len(next(iter(thetas.values())))
     averaged, single, judged = [], [], []
     for y, distributions in each_draw(model, thetas, source, device):
-        log_probs, predictions = [], []
-        for observed in distributions:
+        log_probs, total = [], None
+        for i, observed in enumerate(distributions):
             log_probs.append(observed.log_prob(y).double())
-            predictions.append(_Prediction.of(observed, y))
-            if predictions[0] is not None and len(predictions) > 1:  # a running sum is all that is kept
-                predictions = [predictions[0].plus(predictions.pop())]
+            prediction = _Prediction.of(observed, y)
+            total = prediction if i == 0 else total and total.plus(prediction)
         stacked = torch.stack(log_probs)
         averaged.append(stacked.logsumexp(0) - math.log(draws))
         single.append(stacked.mean(0))
-        judged.append(predictions[0] and _judged(predictions[0].kind, predictions[0].values / draws, y))
+        judged.append(total and _judged(total.kind, total.values / draws, y))
     found = _averages([each for each in judged if each is not None])
     return PredictiveScores(float(torch.cat(averaged).mean()), **found), float(torch.cat(single).mean())
 
@@ -195,13 +194,16 @@ class _Prediction(NamedTuple):
             return cls("class", base.probs.double())
         if isinstance(base, Bernoulli):
             return cls("label", base.probs.double())
-        if base.support in (constraints.real, constraints.real_vector) and observed.mean.shape == y.shape:
-            return cls("number", observed.mean.double())
-        return None
+        if base.support not in (constraints.real, constraints.real_vector):
+            return None
+        try:
+            mean = observed.mean
+        except NotImplementedError:
+            return None
+        return cls("number", mean.double()) if mean.shape == y.shape else None
 
-    def plus(self, other: "_Prediction | None") -> "_Prediction":
-        assert other is not None
-        return _Prediction(self.kind, self.values + other.values)
+    def plus(self, other: "_Prediction | None") -> "_Prediction | None":
+        return other and _Prediction(self.kind, self.values + other.values)
 
 
 class _Judged(NamedTuple):

@@ -406,14 +406,14 @@ def supply_noise(
         values: For each site a tensor of shape ``(*leading, size)``.
         masked: Whether structures that have been removed are to be at 0 whatever the values.
     """
-    gradients: dict[int, _Gradient | None] = {}  # one for all noise that was drawn as one tensor
+    known: dict[int, tuple[Tensor, _Gradient | None]] = {}  # one for all noise that was drawn as one tensor
     for site, layer in layers.items():
         theta = values[site]
         whole = theta._base if theta._is_view() else None
         drawn = theta if whole is None or whole.grad_fn is None else whole  # a parameter would keep what hears of it
-        if id(drawn) not in gradients:
-            gradients[id(drawn)] = _Gradient.of(drawn)
-        layer.hold(theta, masked, gradients[id(drawn)])
+        if id(drawn) not in known:
+            known[id(drawn)] = drawn, _Gradient.of(drawn)
+        layer.hold(theta, masked, known[id(drawn)][1])
     try:
         yield
     finally:

@@ -70,9 +70,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
             TypeError, ValueError: If the guide is not that of the model.
         """
         check_pair(model, guide)
-        examples = batch_size(args[0] if args else kwargs["x"])
         if self.granularity == "shared":
-            draws, kl = guide.draw_and_kl(examples)
+            draws, kl = guide.draw_and_kl(batch_size(args[0] if args else kwargs["x"]))
         else:
             draws, kl = self._draw(model, guide, *args, **kwargs), guide.kl()
         first = self._log_likelihood(draws, model, *args, **kwargs)
