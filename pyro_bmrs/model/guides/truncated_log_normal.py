@@ -86,6 +86,16 @@ class TruncatedLogNormalGuide(FlatGuide):
         super().select(kept)
         self._lattice = _draws_together(self._lattice)
 
+    def check_priors(self) -> None:
+        """Raise ``ValueError`` if a prior is not the one that the guide was made for any more, or bounds differ."""
+        super().check_priors()
+        priors = list(self.prior().values())
+        for name in ("log_low", "log_high"):
+            if not torch.equal(getattr(self, name), torch.cat([getattr(each, name) for each in priors]).to(self.loc)):
+                raise ValueError(
+                    f"{name} of the guide is not that of its model's priors: make {type(self).__name__}(model) again"
+                )
+
     @torch.no_grad()
     def project_(self) -> None:
         self.loc.clamp_(*LOC_RANGE)

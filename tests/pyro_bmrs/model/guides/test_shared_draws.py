@@ -215,3 +215,11 @@ class _Drawing(nn.Module):
 
     def forward(self):
         return self.guide.draw_and_kl(20)[0]["1.theta"]
+
+
+def test_bounds_that_are_not_the_priors_are_refused():
+    """The KL beside the draws is that from the prior on the same bounds."""
+    model, guide = small_classifier()
+    guide.log_low.fill_(-10.0)
+    with pytest.raises(ValueError, match="log_low of the guide is not that of its model's priors"):
+        bmrs.fit(model, guide, blobs(40), epochs=1, progress=False)
