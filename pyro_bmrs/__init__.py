@@ -68,6 +68,7 @@ from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScat
 from pyro_bmrs.structures.shrink import shrink
 from pyro_bmrs.structures.structure_set import Structure, StructureSet
 from pyro_bmrs.svi.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
+from pyro_bmrs.svi.diagnostics import Diagnostics
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
 from pyro_bmrs.svi.fit import fit
@@ -98,6 +99,7 @@ __all__ = [
     "ChannelScatter",
     "Continuous",
     "Criterion",
+    "Diagnostics",
     "DivergentIntegralError",
     "EnergyTracker",
     "EvidenceCriterion",

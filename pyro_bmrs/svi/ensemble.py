@@ -23,6 +23,7 @@ from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.making import Data
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.devices import check_dtypes, resolve_device
+from pyro_bmrs.svi.diagnostics import PosteriorWatch
 from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
 from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING
 from pyro_bmrs.svi.history import History
@@ -167,7 +168,7 @@ def fit_ensemble(
             pruner = Pruner(model, guide, criterion, first, structures)
             history = History(model, guide, pruner, held_out)
             advice = Advice(history, pruner, rates, source)
-            fits.append(_Fit(pruner, history, listener, advice))
+            fits.append(_Fit(pruner, history, listener, advice, PosteriorWatch(guide, rates.noisy_epochs)))
             model.fitted = True
         bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
         try:
@@ -183,7 +184,8 @@ def _ended(seed: int, fit: "_Fit", started: float) -> Replica:
     """Return what has become of one replica, and tell its callbacks."""
     model, guide = fit.history.model.eval(), fit.history.guide
     model.fine_tuned = fit.history.ends_fine_tuned
-    result = FitResult(fit.pruner.masks, fit.pruner.scores, fit.history.entries, time.perf_counter() - started)
+    seconds, diagnostics = time.perf_counter() - started, fit.watch.diagnostics()
+    result = FitResult(fit.pruner.masks, fit.pruner.scores, fit.history.entries, seconds, diagnostics)
     fit.listener.on_end(result)
     return Replica(seed, model, guide, result)
 
@@ -287,6 +289,7 @@ class _Fit:
     history: History
     listener: Callback
     advice: Advice
+    watch: PosteriorWatch
 
 
 def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar: Callback) -> None:
@@ -302,6 +305,8 @@ def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar
             raise FloatingPointError(f"{error}. Lower lr or posterior_lr") from None
         records = []
         for each, loss in zip(fits, losses, strict=True):
+            if noisy:
+                each.watch.note(epoch)
             if noisy and pruning.is_due(epoch, trainer.rates.kl_warmup_epochs):
                 each.listener.on_pruning(epoch, each.pruner.remove_supported())
             records.append(each.history.record("noisy" if noisy else "fine-tune", loss, each.history.model.kl_weight))

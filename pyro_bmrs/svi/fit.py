@@ -218,7 +218,7 @@ def fit(
                 run.go(plan, checkpoint_every, listener)
             model.eval()
             model.fine_tuned = run.history.ends_fine_tuned
-            result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds)
+            result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds, run.watch.diagnostics())
             listener.on_end(result)
             if fabric.is_global_zero:
                 advice.give()

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_bmrs.svi.diagnostics import Diagnostics
+
 __all__ = ["FitResult", "FitWarning", "validation_figure"]
 
 
@@ -28,12 +30,15 @@ class FitResult:
             example ``recall_validation``, the accuracy on each class (None where it has no examples); for numbers
             ``rmse_validation``.
         seconds: Wall time of the whole fit, all sessions of a resumed one together.
+        diagnostics: How the posterior stood in the end: which structures have not moved, which had not come to rest,
+            and how much of each is still the prior. ``print`` gives three lines.
     """
 
     masks: dict[str, Tensor]
     scores: dict[str, Tensor]
     history: list[dict[str, Any]]
     seconds: float
+    diagnostics: Diagnostics | None = None
 
     def __str__(self) -> str:
         total = sum(len(mask) for mask in self.masks.values())

@@ -16,6 +16,7 @@ from pyro_bmrs.structures.copying import copied
 from pyro_bmrs.svi.callbacks import Callback
 from pyro_bmrs.svi.checkpoint import State, join, part, read_checkpoint, write_checkpoint
 from pyro_bmrs.svi.data.source import Source
+from pyro_bmrs.svi.diagnostics import PosteriorWatch
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.probe import check_probe, probe, probed
 from pyro_bmrs.svi.problem import check_settings
@@ -69,6 +70,7 @@ class Run:
     Attributes:
         history: One record per epoch.
         position: Number of epochs of the plan that are behind.
+        watch: Has noted where the posterior was.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Run:
             self.steering = Steering(pruner, pruning, trainer.rates.noisy_epochs * trainer.steps_per_epoch)
             trainer.multiplier = FIRST_MULTIPLIER
         self.history = History(self.model, self.guide, pruner, validation)
+        self.watch = PosteriorWatch(self.guide, trainer.rates.noisy_epochs)
         self.position, self._saved_at = 0, 0
         self._started, self._seconds_before = time.perf_counter(), 0.0
 
@@ -139,6 +142,7 @@ class Run:
         if planned == _NOISY:
             loss = self.trainer.noisy_epoch(None if self.steering is None else lambda: self._steer(callbacks))
             self._prune(epoch, callbacks)
+            self.watch.note(epoch)
             return self.history.record("noisy", loss, kl_weight)
         if planned.level is None:
             return self.history.record("fine-tune", self.trainer.fine_tune_epoch(), kl_weight)
@@ -188,6 +192,7 @@ class Run:
                 "trainer": self.trainer.state(),
                 "pruner": self.pruner.state(),
                 "history": self.history.state(),
+                "watch": self.watch.state(),
                 "probe": State({**rows, **probe(self.model, self.guide, probed(self.trainer.data.first))}),
             }
         )
@@ -223,7 +228,13 @@ class Run:
                 if key in tensors and tensors[key].dtype != value.dtype:
                     raise ValueError(f"{key!r} of the {name} was of {tensors[key].dtype}, is of {value.dtype}")
             module.load_state_dict(tensors)
-        for each, name in ((self.pruner, "pruner"), (self.history, "history"), (self.trainer, "trainer")):
+        parts: dict[str, Any] = {
+            "pruner": self.pruner,
+            "history": self.history,
+            "watch": self.watch,
+            "trainer": self.trainer,
+        }
+        for name, each in parts.items():
             each.restore(part(state, name))
         self._check_probe(part(state, "probe").tensors)
         self.position, self._seconds_before = position, float(of_fit.info["seconds"])

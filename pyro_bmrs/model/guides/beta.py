@@ -49,6 +49,7 @@ class BetaGuide(FlatGuide):
     """
 
     prior_types = (Beta,)
+    parameter_ranges = dict.fromkeys(("log_concentration1", "log_concentration0"), LOG_CONCENTRATION_RANGE)
 
     def __init__(self, model: NoisyNetwork, init_mean: float = 0.95, init_concentration: float = 50.0) -> None:
         super().__init__(model)

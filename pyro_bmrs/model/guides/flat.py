@@ -1,6 +1,7 @@
 """The variational posterior over all noise: one flat vector of each parameter."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -45,6 +46,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     Attributes:
         sizes: Number of structures of each site, in the order of the vectors.
         prior_types: Types of prior that the family can be a posterior for.
+        parameter_ranges: Ends of the range that ``project_`` keeps a parameter in, by its name.
 
     Raises:
         TypeError: If ``model`` is no ``NoisyNetwork``, or a noise layer's prior is of another type.
@@ -52,6 +54,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     """
 
     prior_types: tuple[type[TorchDistribution], ...] = ()
+    parameter_ranges: Mapping[str, tuple[float, float]] = {}
 
     def __init__(self, model: NoisyNetwork) -> None:
         check_model(model)

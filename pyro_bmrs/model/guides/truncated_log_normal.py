@@ -48,6 +48,7 @@ class TruncatedLogNormalGuide(FlatGuide):
     """
 
     prior_types = (LogUniform, TruncatedLogNormal)
+    parameter_ranges = {"loc": LOC_RANGE, "log_scale": LOG_SCALE_RANGE}
     _lattice: Tensor
 
     def __init__(self, model: NoisyNetwork, init_loc: float = 0.0, init_log_scale: float = -5.0) -> None:

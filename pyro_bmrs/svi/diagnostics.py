@@ -1,0 +1,153 @@
+"""Whether a posterior has got anywhere, and come to rest: what a fit says of it when its noise is over."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.svi.checkpoint import State
+
+__all__ = ["Diagnostics", "PosteriorWatch"]
+
+_HARDLY = 0.01  # of a parameter: what a few steps of Adam move it by
+_MOVES = 0.1  # less is no move, whatever it is a part of
+_DRAWS = 200
+
+BySite = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """How the posterior stood when the epochs with noise had ended; ``print`` gives three lines.
+
+    Each is a tensor of shape ``(size,)`` for each site, in the numbering of the network that was given to ``fit``.
+
+    Attributes:
+        unmoved: bool; every parameter of the structure's posterior is within 0.01 of where it began.
+        moving: bool; a parameter went at least half as far in the last tenth of the epochs as in their average tenth,
+            and further than 0.1: more epochs, or a decay of the learning rates, would let it come to rest.
+        at_bound: bool; a parameter is at the end of the range that its guide keeps it in.
+        overlap: Mass that posterior and prior have in common, from 0 to 1, of 200 draws; near 1, the data say nothing
+            of the structure. NaN where it has been cut out by shrinking.
+    """
+
+    unmoved: BySite
+    moving: BySite
+    at_bound: BySite
+    overlap: BySite
+
+    def __str__(self) -> str:
+        unmoved, moving, at_bound = (_counted(each) for each in (self.unmoved, self.moving, self.at_bound))
+        overlap = torch.cat([each[each.isfinite()] for each in self.overlap.values()])
+        prior = int((overlap > 0.5).sum())
+        return (
+            f"posterior at its initial value: {unmoved}\n"
+            f"still moving at the end: {moving}; at a bound of its range: {at_bound}\n"
+            f"more than half prior: {prior:,} of {len(overlap):,} structures (median overlap {_median(overlap):.2f})"
+        )
+
+
+class PosteriorWatch:
+    """Notes a guide's parameters before a fit, and when the last tenth of the epochs with noise begins.
+
+    Args:
+        guide: The guide.
+        noisy_epochs: Number of epochs with noise.
+    """
+
+    def __init__(self, guide: FlatGuide, noisy_epochs: int) -> None:
+        self.guide = guide
+        self._late = noisy_epochs - max(noisy_epochs // 10, 1)
+        self._share = (noisy_epochs - self._late) / max(noisy_epochs, 1)
+        self._start = _parameters(guide)
+        self._before_last = self._start
+
+    def note(self, epoch: int) -> None:
+        """Hear that an epoch with noise has ended, counted from 1."""
+        if epoch == self._late:
+            self._before_last = _parameters(self.guide)
+
+    def state(self) -> State:
+        """Return all that a resumed fit needs to know."""
+        noted = {"start": self._start, "before_last": self._before_last}
+        return State({f"{when}.{name}": value for when, values in noted.items() for name, value in values.items()})
+
+    def restore(self, state: State) -> None:
+        """Take up what ``state`` returned.
+
+        Raises:
+            ValueError: If it is of another guide.
+        """
+        for when, known in (("start", self._start), ("before_last", self._before_last)):
+            for name, value in known.items():
+                if state.tensors[f"{when}.{name}"].shape != value.shape:
+                    raise ValueError(f"what was noted of {name!r} is of another guide")
+        self._start, self._before_last = (
+            {name: state.tensors[f"{when}.{name}"].to(value) for name, value in self._start.items()}
+            for when in ("start", "before_last")
+        )
+
+    @torch.no_grad()
+    def diagnostics(self) -> Diagnostics:
+        """Return how the posterior stands."""
+        now = _parameters(self.guide)
+        way = _distance(now, self._start)
+        last = _distance(now, self._before_last)
+        bounds = torch.stack([_at(now[name], ends) for name, ends in self.guide.parameter_ranges.items()] or [way < 0])
+        moving = (last >= 0.5 * self._share * way) & (last > _MOVES)
+        return Diagnostics(
+            unmoved=self._by_site(way < _HARDLY),
+            moving=self._by_site(moving),
+            at_bound=self._by_site(bounds.any(0)),
+            overlap=_overlap(self.guide),
+        )
+
+    def _by_site(self, values: Tensor) -> BySite:
+        sizes = [layer.original_size for layer in self.guide.noise.values()]
+        return dict(zip(self.guide.sizes, values.split(sizes), strict=True))
+
+
+@torch.no_grad()
+def _parameters(guide: FlatGuide) -> dict[str, Tensor]:
+    """Return a copy of each parameter in the numbering of the original network, NaN where a structure has been cut."""
+    found = {}
+    for name, parameter in guide.named_parameters():
+        by_site = guide.split(parameter.detach()).items()
+        found[name] = torch.cat([guide.noise[site].in_original(values, math.nan) for site, values in by_site])
+    return found
+
+
+def _distance(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> Tensor:
+    """Return how far the parameter of each structure that has moved most is from where it was; NaN for cut ones."""
+    return torch.stack([(now[name] - then[name]).abs().float() for name in now]).amax(0)
+
+
+def _at(values: Tensor, ends: tuple[float, float]) -> Tensor:
+    return (values <= ends[0] + 1e-3) | (values >= ends[1] - 1e-3)
+
+
+def _overlap(guide: FlatGuide) -> BySite:
+    """Return the mass that posterior and prior share, the mean over draws of the posterior of ``min(1, p / q)``."""
+    priors, found = guide.prior(), {}
+    with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for site, posterior in guide.posterior().items():
+            theta = posterior.sample((_DRAWS,))
+            ratio = priors[site].log_prob(theta).double() - posterior.log_prob(theta).double()
+            shared = ratio.clamp(max=0).exp().mean(0).float()
+            found[site] = guide.noise[site].in_original(shared, math.nan)
+    return found
+
+
+def _counted(masks: BySite) -> str:
+    every = torch.cat(list(masks.values()))
+    sites = [f"{int(mask.sum())} of {site.removesuffix('.theta')}" for site, mask in masks.items() if bool(mask.any())]
+    where = f" ({', '.join(sites[:4])}{', ...' if len(sites) > 4 else ''})" if sites else ""
+    return f"{int(every.sum()):,} of {len(every):,} structures{where}"
+
+
+def _median(values: Tensor) -> float:
+    return float(values.median()) if len(values) else math.nan
