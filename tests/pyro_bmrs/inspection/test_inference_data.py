@@ -76,6 +76,16 @@ def test_attributes_say_how_it_was_made(fitted):
     assert bmrs.to_arviz(own, draws=3).attrs["weights_trained_for"] == "the posterior's mean"
 
 
+def test_importance_ratios_have_a_k_hat(fitted):
+    model, guide, examples = fitted
+    data = bmrs.to_arviz(model, guide, examples, draws=200)
+    stats = data.sample_stats
+    _, k = arviz.psislw((stats["lp"] - stats["log_q"]).values, normalize=False)
+    assert data.attrs["pareto_k"] == pytest.approx(float(np.squeeze(k)), rel=1e-6)
+    assert "pareto_k" not in bmrs.to_arviz(model, guide, examples, draws=10).attrs
+    assert "pareto_k" not in bmrs.to_arviz(model, guide, draws=200).attrs
+
+
 def test_arviz_reads_it(fitted, tmp_path):
     model, guide, examples = fitted
     data = bmrs.to_arviz(model, guide, examples, draws=100)
