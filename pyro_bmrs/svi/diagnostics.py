@@ -15,6 +15,7 @@ __all__ = ["Diagnostics", "PosteriorWatch"]
 _HARDLY = 0.01  # of a parameter: what a few steps of Adam move it by
 _MOVES = 0.1  # less is no move, whatever it is a part of
 _DRAWS = 200
+_AT_ONCE = 20  # of them, so that a million structures have room
 
 BySite = dict[str, Tensor]
 
@@ -135,10 +136,12 @@ def _overlap(guide: FlatGuide) -> BySite:
     with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
         torch.manual_seed(0)
         for site, posterior in guide.posterior().items():
-            theta = posterior.sample((_DRAWS,))
-            ratio = priors[site].log_prob(theta).double() - posterior.log_prob(theta).double()
-            shared = ratio.clamp(max=0).exp().mean(0).float()
-            found[site] = guide.noise[site].in_original(shared, math.nan)
+            shared = torch.zeros(posterior.batch_shape, device=guide.device)
+            for _ in range(_DRAWS // _AT_ONCE):
+                theta = posterior.sample((_AT_ONCE,))
+                ratio = priors[site].log_prob(theta).double() - posterior.log_prob(theta).double()
+                shared += ratio.clamp(max=0).exp().sum(0)
+            found[site] = guide.noise[site].in_original(shared / _DRAWS, math.nan)
     return found
 
 
