@@ -147,7 +147,7 @@ def _overlap(guide: FlatGuide) -> BySite:
 
 def _counted(masks: BySite) -> str:
     every = torch.cat(list(masks.values()))
-    sites = [f"{int(mask.sum())} of {site.removesuffix('.theta')}" for site, mask in masks.items() if bool(mask.any())]
+    sites = [f"{site.removesuffix('.theta')}: {int(mask.sum())}" for site, mask in masks.items() if bool(mask.any())]
     where = f" ({', '.join(sites[:4])}{', ...' if len(sites) > 4 else ''})" if sites else ""
     return f"{int(every.sum()):,} of {len(every):,} structures{where}"
 

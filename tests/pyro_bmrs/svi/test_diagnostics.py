@@ -23,7 +23,7 @@ def test_a_posterior_that_has_hardly_been_trained_is_where_it_began():
     found = result.diagnostics
     assert all(mask.all() for mask in found.unmoved.values())
     assert not any(mask.any() for mask in found.moving.values())
-    assert "initial value: 16 of 16 structures (16 of 2)" in str(found)
+    assert "initial value: 16 of 16 structures (2: 16)" in str(found)
 
 
 def test_a_posterior_that_has_come_to_rest_and_one_that_has_not():
