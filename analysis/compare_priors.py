@@ -86,7 +86,7 @@ def main(config: ComparePriors) -> dict[str, Any]:
 def _judged(
     config: ComparePriors, prior: TorchDistribution, guide: Guide, kl_weight: float, split: Split
 ) -> dict[str, list[float]]:
-    """Return what each seed has come to."""
+    """Return the scores of each seed, by name."""
 
     def make() -> tuple[bmrs.NoisyNetwork, bmrs.FlatGuide]:
         net = mlp(1024, hidden=100, layers=2)

@@ -37,7 +37,7 @@ figcaption { font-size: .9rem; } pre { white-space: pre-wrap; overflow-wrap: any
 
 @dataclass(frozen=True)
 class Report:
-    """Write what a run has come to as one HTML file that needs nothing else."""
+    """Write a run as one HTML file that needs nothing else."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, as ``analysis.quickstart`` writes it."""

@@ -38,8 +38,8 @@ from pyro_bmrs.criteria import (
 )
 from pyro_bmrs.criteria.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inspection.diagnostics import evidence_changes
 from pyro_bmrs.inspection.evaluation import PredictiveEvaluation, PredictiveScores, Reliability, evaluate
+from pyro_bmrs.inspection.evidence import evidence_changes
 from pyro_bmrs.inspection.inference_data import to_arviz
 from pyro_bmrs.inspection.program_data import guide_to_arviz
 from pyro_bmrs.inspection.trajectories import Trajectories
@@ -76,14 +76,16 @@ from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
 
 if TYPE_CHECKING:
-    from pyro_bmrs.inspection.layer_plots import (
+    from pyro_bmrs.inspection.layer_plots import plot_network, plot_ridge, plot_trajectories
+    from pyro_bmrs.inspection.plots import (
+        plot_evidence,
+        plot_evidence_snr,
+        plot_forest,
         plot_forests,
-        plot_network,
-        plot_reliability,
-        plot_ridge,
-        plot_trajectories,
+        plot_history,
+        plot_reduction,
     )
-    from pyro_bmrs.inspection.plots import plot_evidence, plot_evidence_snr, plot_forest, plot_history, plot_reduction
+    from pyro_bmrs.inspection.reliability import plot_reliability
 
 __version__ = "0.1.0"
 
@@ -186,7 +188,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the plots, and Matplotlib with them, once they are asked for."""
     if name.startswith("plot_") and name in __all__:
-        from pyro_bmrs.inspection import layer_plots, plots  # noqa: PLC0415  (Matplotlib)
+        from pyro_bmrs.inspection import layer_plots, plots, reliability  # noqa: PLC0415  (Matplotlib)
 
-        return getattr(plots if name in plots.__all__ else layer_plots, name)
+        return getattr(next(each for each in (plots, layer_plots, reliability) if name in each.__all__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

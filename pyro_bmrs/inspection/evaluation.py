@@ -18,6 +18,7 @@ from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
+from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["PredictiveEvaluation", "PredictiveScores", "Reliability", "evaluate"]
 
@@ -136,8 +137,7 @@ def evaluate(
     check_integer("draws", draws, low=1, high=10**6)
     check_seed("seed", seed)
     source = source_of(data, model, unpack)
-    with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with local_seed(seed, [guide.device]):
         drawn = guide.draw((draws,))
     means = {site: mean.unsqueeze(0) for site, mean in guide.mean().items()}
     at_mean, _ = _scores(model, means, source, guide.device)

@@ -2,24 +2,25 @@
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
-from pyro_bmrs.bmr import evidence_change, precision_window, spike
-from pyro_bmrs.checks import check_integer, check_seed, described
+from pyro_bmrs.bmr import evidence_change
+from pyro_bmrs.checks import check_integer, check_seed
+from pyro_bmrs.criteria import BMRS_N, BMRS_U
 from pyro_bmrs.inspection.draws import each_draw, on_host
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
+from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["to_arviz"]
 
@@ -27,11 +28,7 @@ _FEWEST_RATIOS = 25  # that a tail can be fitted to
 
 Groups = dict[str, dict[str, "np.ndarray[Any, Any]"]]
 
-_REDUCED: dict[str, Callable[[Any], Distribution]] = {
-    "BMRS_N": spike,
-    "BMRS_U_8": lambda prior: precision_window(prior, 8, None),
-    "BMRS_U_4": lambda prior: precision_window(prior, 4, None),
-}
+_CRITERIA = {"BMRS_N": BMRS_N(), "BMRS_U_8": BMRS_U(8), "BMRS_U_4": BMRS_U(4)}
 
 
 @torch.no_grad()
@@ -62,11 +59,12 @@ def to_arviz(
 
     Attributes of the whole say how it was made: settings, seed, versions, and what the weights were trained for last.
     After fine-tuning they fit the posterior's mean, and draws of the noise predict worse than that. With the training
-    data as ``data`` and 25 draws or more, ``pareto_k`` is the k-hat of the importance ratios of what the posterior
-    approximates, noise given data: above 0.7 they cannot correct it (Yao et al., 2018).
+    data as ``data``, 25 draws or more and one weight of the KL for all sites, ``pareto_k`` is the k-hat of the
+    importance ratios of what the posterior approximates, noise given data: above 0.7 they cannot correct it (Yao et
+    al., 2018).
 
     Args:
-        model: The model. Alone, a guide of ours does, which knows its model.
+        model: The model; or a ``FlatGuide`` alone, which knows its model.
         guide: Its guide.
         data: Examples to predict: whatever ``fit`` takes.
         draws: Number of draws. With ``n`` examples, results take ``12 * draws * n`` bytes for one label each; inputs
@@ -87,8 +85,7 @@ def to_arviz(
     check_integer("draws", draws, low=1, high=10**7)
     check_seed("seed", seed)
     source = None if data is None else source_of(data, model, unpack)
-    with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with local_seed(seed, [guide.device]):
         thetas = guide.draw((draws,))
         prior = {site: distribution.sample((draws,)) for site, distribution in guide.prior().items()}
         groups: Groups = {"posterior": _noise(thetas), "prior": _noise(prior), "constant_data": _constants(guide)}
@@ -105,15 +102,14 @@ def to_arviz(
         extra = groups["observed_data"]["obs"].ndim - 1
         dims["obs"] = ["example", *(f"obs_dim_{i}" for i in range(extra))]
     attributes = _attributes(model, draws, seed)
-    if source is not None and draws >= _FEWEST_RATIOS:
+    if source is not None and draws >= _FEWEST_RATIOS and set(model.kl_weights.values()) == {1.0}:
         attributes["pareto_k"] = float(pareto_k(_log_ratios(model, groups))[0])
     return from_dict(groups, structures, dims, attributes)
 
 
 def _pair(model: Any, guide: Any) -> tuple[NoisyNetwork, FlatGuide]:
     if guide is None:
-        if not isinstance(model, FlatGuide):
-            raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(model)}")
+        check_guide(model)
         model, guide = model.model, model
     check_pair(model, guide)
     return model, guide
@@ -145,9 +141,9 @@ def _constants(guide: FlatGuide) -> dict[str, "np.ndarray[Any, Any]"]:
         found[f"{site}.layer"] = np.array([site.removesuffix(".theta")] * layer.size)
         found[f"{site}.mean"] = on_host(posterior.mean)
         found[f"{site}.snr"] = on_host(getattr(posterior, "snr", posterior.mean / posterior.stddev))
-        for name, reduced_prior in _REDUCED.items():
+        for name, criterion in _CRITERIA.items():
             try:
-                delta_f = evidence_change(posterior, priors[site], reduced_prior(priors[site]))
+                delta_f = evidence_change(posterior, priors[site], criterion.reduced_prior(priors[site]))
             except (NotImplementedError, TypeError):  # there is no such reduction of this prior
                 continue
             found[f"{site}.delta_f_{name}"] = on_host(delta_f)

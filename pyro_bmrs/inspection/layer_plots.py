@@ -1,9 +1,8 @@
-"""Pictures of layers and networks: ridges of posteriors, a map of the evidence, how far predictions can be trusted."""
+"""Pictures by layer: its posteriors, its evidence beside that of the others, and how both have moved in training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.checks import described
-from pyro_bmrs.inspection.diagnostics import evidence_changes
 from pyro_bmrs.inspection.drawing import (
     KEPT,
     LOG_THETA,
@@ -25,12 +23,11 @@ from pyro_bmrs.inspection.drawing import (
     log_quantiles,
     on_cpu,
 )
-from pyro_bmrs.inspection.evaluation import PredictiveScores
-from pyro_bmrs.inspection.plots import plot_forest
+from pyro_bmrs.inspection.evidence import evidence_changes
 from pyro_bmrs.inspection.trajectories import Trajectories
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 
-__all__ = ["plot_forests", "plot_network", "plot_reliability", "plot_ridge", "plot_trajectories"]
+__all__ = ["plot_network", "plot_ridge", "plot_trajectories"]
 
 _POINTS = 400  # of each density
 _RIDGES = 60  # that fit on one axes
@@ -53,8 +50,7 @@ def plot_ridge(guide: FlatGuide, site: str | None = None, ax: Axes | None = None
         TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
         ValueError: If there is no such site, or noise may be negative.
     """
-    if not isinstance(guide, FlatGuide):
-        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
+    check_guide(guide)
     site = _known_site(site, guide.sizes)
     ax = axes_of(ax, figsize=(7, 7))
     posterior = on_cpu(guide.posterior()[site])
@@ -160,11 +156,11 @@ def plot_trajectories(
         raise TypeError(f"trajectories must be a Trajectories, but got {described(trajectories)}")
     if not trajectories.epochs:
         raise ValueError("trajectories have noted nothing: pass them to fit(..., callbacks=[trajectories])")
-    by_site = trajectories.of(quantity)
-    site = _known_site(site, by_site)
+    noted = trajectories.of(quantity)
+    site = _known_site(site, noted)
     ax = axes_of(ax)
     kept = trajectories.guide.noise[site].original_keep.cpu()
-    for i, values in enumerate(by_site[site].t()):
+    for i, values in enumerate(noted[site].t()):
         ax.plot(trajectories.epochs, values, color=KEPT if bool(kept[i]) else REMOVED, linewidth=0.7, alpha=0.6)
     if quantity == "delta_f":
         ax.set_yscale("symlog", linthresh=1.0)
@@ -176,69 +172,9 @@ def plot_trajectories(
     return ax
 
 
-def plot_forests(
-    guides: Mapping[str, FlatGuide], mass: float = 0.94, axes: Sequence[Axes] | None = None
-) -> Sequence[Axes]:
-    r"""Draw forests of several fits side by side, with one scale of :math:`\log\theta`.
-
-    Args:
-        guides: Fitted guides, by what to call them.
-        mass: Posterior mass of the intervals, as for ``plot_forest``.
-        axes: Axes to draw on, one each; new ones by default.
-
-    Raises:
-        TypeError: If ``guides`` is no mapping of guides, or ``axes`` are none.
-        ValueError: If there are no guides, or not as many axes.
-    """
-    if not isinstance(guides, Mapping):
-        raise TypeError(f"guides must map names to guides, but got {described(guides)}")
-    if not guides or (axes is not None and len(axes) != len(guides)):
-        raise ValueError(f"guides must be one or more, with one of axes each, but there are {len(guides)}")
-    if axes is None:
-        size = (4.5 * len(guides), 8)
-        axes = list(plt.subplots(1, len(guides), figsize=size, sharex=True, squeeze=False, layout="constrained")[1][0])
-    for ax, (name, guide) in zip(axes, guides.items(), strict=True):
-        plot_forest(guide, mass, ax)
-        ax.set_title(name, loc="right", fontsize=10)
-    limits = [ax.get_xlim() for ax in axes]
-    for ax in axes:
-        ax.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
-    return axes
-
-
 def _known_site(site: str | None, sites: Mapping[str, Any]) -> str:
     if site is None:
         return next(iter(sites))
     if site not in sites:
         raise ValueError(f"site must be one of {list(sites)}, but got {site!r}")
     return site
-
-
-def plot_reliability(scores: PredictiveScores, ax: Axes | None = None) -> Axes:
-    """Draw how often predicted labels are right against how probable they were: on the diagonal if calibrated.
-
-    Args:
-        scores: Of ``evaluate``: ``at_mean`` or ``over_draws``.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        TypeError: If ``scores`` is something else, or ``ax`` no axes.
-        ValueError: If the observations are not labels.
-    """
-    if not isinstance(scores, PredictiveScores):
-        raise TypeError(f"scores must be those of evaluate, .at_mean or .over_draws, but got {described(scores)}")
-    found = scores.reliability
-    if found is None or scores.ece is None:
-        raise ValueError("scores have no reliability, since the observations are not labels")
-    ax = axes_of(ax, figsize=(4.5, 4.5))
-    known = found.labels > 0
-    sizes = 20 + 180 * (found.labels[known] / found.labels.max()).sqrt()
-    ax.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", linewidth=1)
-    ax.plot(found.confidence[known], found.accuracy[known], color=KEPT, linewidth=1)
-    ax.scatter(found.confidence[known], found.accuracy[known], color=KEPT, s=sizes, alpha=0.6)
-    ax.set_xlim(0, 1.03)
-    ax.set_ylim(0, 1.03)
-    ax.set_xlabel("probability of the predicted label")
-    ax.set_ylabel("fraction of these that is right")
-    ax.set_title(f"calibration error {100 * scores.ece:.1f} %; larger dots, more labels", loc="right", fontsize=10)
-    return ax

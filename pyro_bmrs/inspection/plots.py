@@ -1,4 +1,4 @@
-"""Pictures of a posterior and of its reduction. Every function draws on one axes and returns it."""
+"""Pictures of a posterior and of its reduction. Every function draws on axes that it is given, and returns them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,9 +27,9 @@ from pyro_bmrs.inspection.drawing import (
     log_quantiles,
     on_cpu,
 )
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 
-__all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_history", "plot_reduction"]
+__all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_forests", "plot_history", "plot_reduction"]
 
 _BARE_MENTION = 1.1  # nats: "not worth more than a bare mention" (Kass and Raftery, 1995)
 _DELTA_F = r"evidence change $\Delta F$ (nats, symmetric log)"
@@ -125,8 +125,7 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
         TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
         ValueError: If ``mass`` is not inside (0, 1), or noise may be negative.
     """
-    if not isinstance(guide, FlatGuide):
-        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
+    check_guide(guide)
     if not 0 < check_number("mass", mass) < 1:
         raise ValueError(f"mass must lie inside (0, 1), but got {mass}")
     ax = axes_of(ax, figsize=(7, 9))
@@ -159,6 +158,36 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
     ax.set_title(f"posterior median and {100 * mass:.0f} % interval", loc="right", fontsize=10)
     legend(ax, {"kept": KEPT, "removed": REMOVED})
     return ax
+
+
+def plot_forests(
+    guides: Mapping[str, FlatGuide], mass: float = 0.94, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    r"""Draw forests of several fits side by side, with one scale of :math:`\log\theta`.
+
+    Args:
+        guides: Fitted guides, by what to call them.
+        mass: Posterior mass of the intervals, as for ``plot_forest``.
+        axes: Axes to draw on, one each; new ones by default.
+
+    Raises:
+        TypeError: If ``guides`` is no mapping of guides, or ``axes`` are none.
+        ValueError: If there are no guides, or not as many axes.
+    """
+    if not isinstance(guides, Mapping):
+        raise TypeError(f"guides must map names to guides, but got {described(guides)}")
+    if not guides or (axes is not None and len(axes) != len(guides)):
+        raise ValueError(f"guides must be one or more, with one of axes each, but there are {len(guides)}")
+    if axes is None:
+        size = (4.5 * len(guides), 8)
+        axes = list(plt.subplots(1, len(guides), figsize=size, sharex=True, squeeze=False, layout="constrained")[1][0])
+    for ax, (name, guide) in zip(axes, guides.items(), strict=True):
+        plot_forest(guide, mass, ax)
+        ax.set_title(name, loc="right", fontsize=10)
+    limits = [ax.get_xlim() for ax in axes]
+    for ax in axes:
+        ax.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+    return axes
 
 
 def plot_evidence(

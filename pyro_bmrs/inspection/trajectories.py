@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import spike
-from pyro_bmrs.checks import check_function, described
-from pyro_bmrs.inspection.diagnostics import evidence_changes
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.checks import check_function
+from pyro_bmrs.inspection.evidence import evidence_changes
+from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 from pyro_bmrs.svi.callbacks import Callback, Record
 
 __all__ = ["Trajectories"]
@@ -47,8 +47,7 @@ class Trajectories(Callback):
     """
 
     def __init__(self, guide: FlatGuide, reduced_prior: Callable[[Any], Distribution] = spike) -> None:
-        if not isinstance(guide, FlatGuide):
-            raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
+        check_guide(guide)
         check_function("reduced_prior", reduced_prior, "of a prior, as spike is")
         self.guide, self._reduced_prior = guide, reduced_prior
         self.epochs: list[int] = []

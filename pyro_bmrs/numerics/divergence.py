@@ -3,9 +3,9 @@
 With energy ``E`` (0 at the mode, ``distance * t + t**2 / 2`` at a displacement ``t``), density ``exp(-E) / I`` and its
 values ``f`` at the bounds, ``KL = log(width) - log(I) - <E>``. Its slopes in the parameters are covariances under the
 density, as for any exponential family: ``-2 var(E)`` in log scale and ``cov(E, t)`` in distance. Where the centre lies
-inside, the latter is nearly the difference of nothing and nothing, and is taken from the bounds instead. One
-Gauss-Legendre rule, over the part of the interval where the density is not nil, gives all averages: sums of positive
-terms, which lose no digits wherever the Gaussian sits, without a choice between regimes.
+inside, the latter is nearly zero less zero, and is taken from the bounds instead. One Gauss-Legendre rule, over the
+part of the interval where the density is not negligible, gives all averages: sums of positive terms, which lose no
+digits wherever the Gaussian sits, without a choice between regimes.
 """
 
 from functools import cache

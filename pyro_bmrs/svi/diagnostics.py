@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.svi.checkpoint import State
+from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["Diagnostics", "PosteriorWatch"]
 
@@ -133,8 +134,7 @@ def _at(values: Tensor, ends: tuple[float, float]) -> Tensor:
 def _overlap(guide: FlatGuide) -> BySite:
     """Return the mass that posterior and prior share, the mean over draws of the posterior of ``min(1, p / q)``."""
     priors, found = guide.prior(), {}
-    with torch.random.fork_rng(devices=[guide.device] if guide.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with local_seed(0, [guide.device]):
         for site, posterior in guide.posterior().items():
             shared = torch.zeros(posterior.batch_shape, device=guide.device)
             for _ in range(_DRAWS // _AT_ONCE):

@@ -12,16 +12,23 @@ from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_bmrs.checks import described
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
 
-__all__ = ["FlatGuide", "at_least_float32"]
+__all__ = ["FlatGuide", "at_least_float32", "check_guide"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 if it is of less: a posterior needs the digits."""
     return tensor if torch.finfo(tensor.dtype).bits >= 32 else tensor.float()
+
+
+def check_guide(guide: Any) -> None:
+    """Raise ``TypeError`` unless ``guide`` is a ``FlatGuide``."""
+    if not isinstance(guide, FlatGuide):
+        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
 
 
 class _Checked(type(PyroModule)):  # type: ignore[misc]

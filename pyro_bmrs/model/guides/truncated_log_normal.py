@@ -70,13 +70,13 @@ class TruncatedLogNormalGuide(FlatGuide):
         their mean has little variance.
         """
         posterior = self.flat_posterior()
-        if _has_own(type(self), "draw") or type(posterior) is not TruncatedLogNormal:
+        if self._has_own("draw") or type(posterior) is not TruncatedLogNormal:
             return super().draw_shared(examples)
         return self._in_turn(posterior.rsample_at(self._strata(examples)), examples)
 
     def draw_and_kl(self, examples: int) -> tuple[dict[str, Tensor], Tensor]:
         uniform_priors = all(kind is LogUniform for kind, _, _ in self._prior_groups)
-        own = _has_own(type(self), "draw", "draw_shared", "family", "flat_posterior", "kl")
+        own = self._has_own("draw", "draw_shared", "family", "flat_posterior", "kl")
         if own or not uniform_priors or self.loc.dtype != torch.float32:
             return super().draw_and_kl(examples)
         bounds = self.log_low, self.log_high
@@ -119,10 +119,13 @@ class TruncatedLogNormalGuide(FlatGuide):
         theta = theta.repeat(-(-examples // len(theta)), 1)
         return self.split(theta if len(theta) == examples else theta[:examples])
 
+    def _has_own(self, *methods: str) -> bool:
+        """Return whether a subclass, or this guide alone, has methods of its own in the place of these."""
+        return any(name in vars(self) for name in methods) or _subclass_has_own(type(self), *methods)
+
 
 @cache
-def _has_own(kind: type[TruncatedLogNormalGuide], *methods: str) -> bool:
-    """Return whether a subclass has methods of its own in the place of these."""
+def _subclass_has_own(kind: type[TruncatedLogNormalGuide], *methods: str) -> bool:
     return any(getattr(kind, name) is not getattr(TruncatedLogNormalGuide, name) for name in methods)
 
 

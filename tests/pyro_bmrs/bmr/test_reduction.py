@@ -21,7 +21,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.bmr.latents import posterior_and_prior
 from pyro_bmrs.bmr.reduction import reduce
 from pyro_bmrs.bmr.sampled import estimate_evidence_change
-from pyro_bmrs.inspection.diagnostics import evidence_changes
+from pyro_bmrs.inspection.evidence import evidence_changes
 
 LOC, SCALE = double([0.3, -0.8, 1.5]), double([0.2, 0.5, 0.1])
 

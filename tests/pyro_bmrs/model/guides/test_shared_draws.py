@@ -156,7 +156,7 @@ class Wider(bmrs.TruncatedLogNormalGuide):
         return bmrs.TruncatedLogNormal(q.loc, 2 * q.scale, q.log_low, q.log_high, validate_args=False)
 
 
-class Dearer(bmrs.TruncatedLogNormalGuide):
+class Doubled(bmrs.TruncatedLogNormalGuide):
     """Counts its KL twice."""
 
     def kl(self):
@@ -176,7 +176,11 @@ def test_what_a_subclass_says_holds():
     torch.manual_seed(0)
     expected = plain.draw_and_kl(SHARED_DRAWS)
     torch.testing.assert_close((draws["1.theta"], kl), (expected[0]["1.theta"], expected[1]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(guide_of(kind=Dearer).draw_and_kl(40)[1], 2 * guide_of().kl())
+    torch.testing.assert_close(guide_of(kind=Doubled).draw_and_kl(40)[1], 2 * guide_of().kl())
+    patched = guide_of()
+    patched.draw = lambda sample_shape=(): patched.split(torch.full((*sample_shape, 6), 0.25))
+    assert torch.equal(patched.draw_and_kl(40)[0]["1.theta"], torch.full((40, 6), 0.25))
+    assert torch.equal(patched.draw_shared(3)["1.theta"], torch.full((3, 6), 0.25))
 
 
 def test_after_shrinking_each_structure_keeps_its_order():

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
-from pyro_bmrs.checks import check_function, described
-from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.checks import check_function
+from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 
 __all__ = ["evidence_changes"]
 
@@ -26,15 +26,10 @@ def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distributi
         guide: The fitted guide.
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
     """
-    _check_guide(guide)
+    check_guide(guide)
     check_function("reduced_prior", reduced_prior, "of a prior, as spike is")
     priors, layers = guide.prior(), guide.noise
     return {
         site: layers[site].in_original(evidence_change(posterior, priors[site], reduced_prior(priors[site])), math.nan)
         for site, posterior in guide.posterior().items()
     }
-
-
-def _check_guide(guide: Any) -> None:
-    if not isinstance(guide, FlatGuide):
-        raise TypeError(f"guide must be a guide such as TruncatedLogNormalGuide(model), but got {described(guide)}")
