@@ -141,16 +141,18 @@ def _spread(values: list[float]) -> str:
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
-    """Draw accuracy and log likelihood against size: a line per prior along the weight of the KL."""
+    """Draw error and negative log likelihood against size: a line per prior along the weight of the KL."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in dict.fromkeys(row["prior"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["prior"] == name]
         left = [100 * (1 - statistics.fmean(row["removed"])) for row in rows]
-        for ax, key, factor in ((axes[0], "accuracy", 100), (axes[1], "log_likelihood", 1)):
-            ax.plot(left, [factor * statistics.fmean(row[key]) for row in rows], marker="o", label=name)
-    for ax, label in zip(axes, ("validation accuracy (%)", "validation log likelihood (nats)"), strict=True):
+        errors = [100 * (1 - statistics.fmean(row["accuracy"])) for row in rows]
+        for ax, values in ((axes[0], errors), (axes[1], [-statistics.fmean(row["log_likelihood"]) for row in rows])):
+            ax.plot(left, values, marker="o", label=name)
+    for ax, label in zip(axes, ("validation error (%)", "negative log likelihood (nats per example)"), strict=True):
         ax.set_xscale("log")
+        ax.set_yscale("log")
         ax.invert_xaxis()
         ax.set_xlabel("parameters left (%, log scale)")
         ax.set_ylabel(label)
