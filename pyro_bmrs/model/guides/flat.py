@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_bmrs.checks import described
+from pyro_bmrs.checks import check_integer, described
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
@@ -143,8 +143,11 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
         """Draw the noise of a batch's examples, of which several may share a draw: ``(examples, size)`` for each site.
 
         Here every example has a draw of its own; a family that has quantiles can do with fewer.
+
+        Raises:
+            TypeError, ValueError: If ``examples`` is no positive integer.
         """
-        return self.draw((examples,))
+        return self.draw((check_integer("examples", examples, low=1),))
 
     def draw_and_kl(self, examples: int) -> tuple[dict[str, Tensor], Tensor]:
         """Return ``draw_shared(examples)`` and ``kl()``, for which a family may have a quicker way."""

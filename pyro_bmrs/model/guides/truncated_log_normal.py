@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs import numerics
-from pyro_bmrs.checks import check_number
+from pyro_bmrs.checks import check_integer, check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.model.guides.flat import FlatGuide, at_least_float32
 from pyro_bmrs.model.network import NoisyNetwork
@@ -111,6 +111,7 @@ class TruncatedLogNormalGuide(FlatGuide):
 
     def _strata(self, examples: int) -> Tensor:
         """Return uniforms in [0, 1), of shape ``(draws, structures)``."""
+        check_integer("examples", examples, low=1)
         shift = torch.rand(self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
         return (self._lattice.t()[:examples] + shift).frac_()
 

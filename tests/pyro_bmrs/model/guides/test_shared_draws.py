@@ -75,6 +75,14 @@ def test_batches_of_any_size_take_the_draws_in_turn(examples):
     torch.testing.assert_close((draws["1.theta"], kl), expected)
 
 
+@pytest.mark.parametrize("examples", [0, -3, 1.5, None])
+def test_a_number_of_examples_that_is_none_is_refused(examples):
+    for guide in (guide_of(), guide_of(kind=Halves)):
+        for draw in (guide.draw_shared, guide.draw_and_kl):
+            with pytest.raises((TypeError, ValueError), match="examples must be a positive integer"):
+                draw(examples)
+
+
 def gradients(objective, parameters, repeats, first_seed=0):
     found = []
     for seed in range(first_seed, first_seed + repeats):
