@@ -1,108 +1,150 @@
-"""The same network under several priors on its noise: python -m analysis.compare_priors [--kl-weights 1 3 10]."""
+"""The same network under several priors on its noise: python -m analysis.compare_priors [--data mnist]."""
 
 import json
 import os
 import platform
+import re
 import statistics
 import sys
-from collections.abc import Callable
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import torch
 import tyro
-from pyro.distributions import Beta, Gamma, TorchDistribution
+from torch import nn
 
 import pyro_bmrs as bmrs
-from analysis.data import Split, digits
-from analysis.examples.your_own import GammaGuide
+from analysis.data import Split, digits, load
+from analysis.prior_figures import draw_figures
+from analysis.priors import PRIORS, Noise
 from models import mlp
 from pyro_bmrs.io.files import write_json
 
-__all__ = ["PRIORS", "ComparePriors", "format_table", "main"]
+__all__ = ["ComparePriors", "format_table", "main"]
 
-Guide = Callable[[bmrs.NoisyNetwork], bmrs.FlatGuide]
 
-PRIORS: dict[str, tuple[TorchDistribution, Guide]] = {
-    "log-uniform, up to 1": (bmrs.LogUniform(-20.0, 0.0), bmrs.TruncatedLogNormalGuide),
-    "log-uniform, up to e": (bmrs.LogUniform(-20.0, 1.0), bmrs.TruncatedLogNormalGuide),
-    "log-uniform, up to e^2": (bmrs.LogUniform(-20.0, 2.0), bmrs.TruncatedLogNormalGuide),
-    "truncated log-normal, -10 and 10, up to 1": (
-        bmrs.TruncatedLogNormal(-10.0, 10.0, -20.0, 0.0),
-        bmrs.TruncatedLogNormalGuide,
-    ),
-    "Beta(0.2, 0.2)": (Beta(0.2, 0.2), bmrs.BetaGuide),
-    "Gamma(0.2, 0.2)": (Gamma(0.2, 0.2), GammaGuide),
-}
+@dataclass(frozen=True)
+class _Task:
+    """A network, and how it is trained."""
+
+    layers: int
+    epochs: int
+    batch_size: int
+    lr: float
+    posterior_lr: float
+
+
+_TASKS = {"digits": _Task(2, 60, 64, 2e-3, 0.1), "mnist": _Task(8, 20, 128, 8.5e-4, 50 * 8.5e-4)}
+_LOOKED_AT = 2000  # training examples, at most, by which ArviZ compares the priors
 
 
 @dataclass(frozen=True)
 class ComparePriors:
-    """Fit an MLP to the digits under each prior and weight of the KL, and judge it on validation data."""
+    """Fit an MLP under each prior and weight of the KL, and judge it on validation data.
 
-    kl_weights: tuple[float, ...] = (1.0, 3.0, 10.0)
+    What has been fitted with the same settings before is read from the folder, so an interrupted run goes on.
+    """
+
+    data: Literal["digits", "mnist"] = "digits"
+    data_dir: Path | None = None
+    """Folder of data sets; by default BMRS_DATA, or else the hub."""
+    priors: tuple[str, ...] = tuple(PRIORS)
+    kl_weights: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
+    """At the first of these ArviZ compares the priors."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Fitted at once."""
-    epochs: int = 60
-    """With noise; a third as many follow without."""
+    epochs: int | None = None
+    """With noise, by default 60 (digits) or 20 (MNIST); a third or half as many follow without."""
     draws: int = 100
     """Of the noise, for what is averaged over it."""
     threads: int = 1
-    output: Path = Path("analysis/results/compare_priors")
-    """Folder of priors.json, priors.md and priors.png, which are replaced."""
+    output: Path | None = None
+    """Folder of priors.json, priors.md and the figures; by default analysis/results/compare_priors/<data>."""
 
 
 def main(config: ComparePriors) -> dict[str, Any]:
-    """Fit all, print and write table and picture, and return the figures."""
+    """Fit all, print and write table and pictures, and return the figures."""
     torch.set_num_threads(config.threads)
-    split = digits()
-    rows = []
-    for name, (prior, guide) in PRIORS.items():
+    for name in config.priors:
+        if name not in PRIORS:
+            raise ValueError(f"there is no prior {name!r}; there are {', '.join(PRIORS)}")
+    output = config.output or Path("analysis/results/compare_priors") / config.data
+    output.mkdir(parents=True, exist_ok=True)
+    report = _begun(config, output)
+    split = digits() if config.data == "digits" else load(config.data, config.data_dir, size=32)
+    for name in config.priors:
         for kl_weight in config.kl_weights:
+            if any((row["prior"], row["kl_weight"]) == (name, kl_weight) for row in report["rows"]):
+                continue
             print(f"{name}, kl_weight {kl_weight:g} ...", flush=True)
-            rows.append({"prior": name, "kl_weight": kl_weight, **_judged(config, prior, guide, kl_weight, split)})
-    report = {
+            replicas = _fitted(report["config"], PRIORS[name], kl_weight, split)
+            row = {"prior": name, "kl_weight": kl_weight, **_judged(replicas, split, config.draws)}
+            report["rows"].append(json.loads(json.dumps(row)))
+            if kl_weight == config.kl_weights[0]:
+                _keep_posterior(replicas[0], split, config.draws, _posterior_file(output, name))
+            write_json(output / "priors.json", report)
+    known = list(PRIORS)
+    report["rows"].sort(key=lambda row: (known.index(row["prior"]), row["kl_weight"]))
+    write_json(output / "priors.json", report)
+    table = format_table(report)
+    (output / "priors.md").write_text(table + "\n", encoding="utf-8")
+    draw_figures(report, {name: _posterior_file(output, name) for name in config.priors}, output)
+    print(f"\n{table}\n\nwritten to {output}")
+    return report
+
+
+def _begun(config: ComparePriors, output: Path) -> dict[str, Any]:
+    """Return the report so far: what an earlier run with the same settings has left, or one without rows."""
+    settings = {**asdict(_TASKS[config.data]), "data": config.data, "seeds": list(config.seeds), "draws": config.draws}
+    settings["epochs"] = config.epochs or settings["epochs"]
+    path, rows = output / "priors.json", []
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("config") != settings:
+            raise ValueError(f"{path} is of other settings, {before.get('config')}: delete it, or choose another --output")
+        rows = before["rows"]
+    return {
         "command": f"python -m analysis.compare_priors {' '.join(sys.argv[1:])}".strip(),
-        "config": {**asdict(config), "output": str(config.output)},
-        "device": f"cpu: {platform.machine()}, {os.cpu_count()} cores",
+        "config": settings,
+        "device": f"cpu: {platform.machine()}, {os.cpu_count()} cores, {config.threads} threads used",
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
     }
-    report = json.loads(json.dumps(report))  # as whoever reads the file will see it
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_json(config.output / "priors.json", report)
-    table = format_table(report)
-    (config.output / "priors.md").write_text(table + "\n", encoding="utf-8")
-    _draw(report, config.output / "priors.png")
-    print(f"\n{table}\n\nwritten to {config.output}")
-    return report
 
 
-def _judged(
-    config: ComparePriors, prior: TorchDistribution, guide: Guide, kl_weight: float, split: Split
-) -> dict[str, list[float]]:
-    """Return the scores of each seed, by name."""
+def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Split) -> list[bmrs.Replica]:
+    """Return the fits of all seeds."""
 
     def make() -> tuple[bmrs.NoisyNetwork, bmrs.FlatGuide]:
-        net = mlp(1024, hidden=100, layers=2)
+        net = mlp(1024, hidden=100, layers=settings["layers"])
         for name, module in list(net.named_modules()):
             if isinstance(module, bmrs.MultiplicativeNoise):
-                net.set_submodule(name, bmrs.MultiplicativeNoise(module.size, prior))
+                net.set_submodule(name, bmrs.MultiplicativeNoise(module.size, noise.prior))
         model = bmrs.NoisyNetwork(net, kl_weight=kl_weight)
-        return model, guide(model)
+        return model, noise.guide(model)
 
-    replicas = bmrs.fit_ensemble(
-        make, split.train, seeds=config.seeds, epochs=config.epochs, fine_tune_epochs=config.epochs // 3,
-        batch_size=64, lr=2e-3, posterior_lr=0.1, device="cpu", progress=False,
+    return bmrs.fit_ensemble(
+        make, split.train, seeds=settings["seeds"], epochs=settings["epochs"],
+        fine_tune_epochs=_fine_tune_epochs(settings), batch_size=settings["batch_size"], lr=settings["lr"],
+        posterior_lr=settings["posterior_lr"], device="cpu", progress=False,
     )  # fmt: skip
-    found: dict[str, list[float]] = {}
+
+
+def _fine_tune_epochs(settings: dict[str, Any]) -> int:
+    return int(settings["epochs"]) // (3 if settings["data"] == "digits" else 2)
+
+
+def _judged(replicas: list[bmrs.Replica], split: Split, draws: int) -> dict[str, list[Any]]:
+    """Return the scores of each seed, by name."""
+    found: dict[str, list[Any]] = {}
     for replica in replicas:
-        scores = bmrs.evaluate(replica.model, replica.guide, split.validation, draws=config.draws)
+        scores = bmrs.evaluate(replica.model, replica.guide, split.validation, draws=draws)
+        curve = scores.at_mean.reliability
+        assert curve is not None
         values = {
             "removed": replica.result.compression,
             "accuracy": scores.at_mean.accuracy,
@@ -110,25 +152,43 @@ def _judged(
             "log_likelihood_over_draws": scores.over_draws.log_likelihood,
             "ece": scores.at_mean.ece,
             "brier": scores.at_mean.brier,
+            "confidence": curve.confidence.nan_to_num(-1.0).tolist(),  # -1 in empty bins
+            "right": curve.accuracy.nan_to_num(-1.0).tolist(),
         }
         for key, value in values.items():
-            found.setdefault(key, []).append(float(value or 0.0))
+            found.setdefault(key, []).append(value)
     return found
+
+
+def _posterior_file(output: Path, prior: str) -> Path:
+    return output / "posteriors" / f"{re.sub(r'[^a-z0-9]+', '_', prior.lower()).strip('_')}.nc"
+
+
+def _keep_posterior(replica: bmrs.Replica, split: Split, draws: int, path: Path) -> None:
+    """Write what ArviZ compares: draws of the posterior, and what they say of training examples."""
+    x, y = split.train
+    data = bmrs.to_arviz(replica.model, replica.guide, (x[:_LOOKED_AT], y[:_LOOKED_AT]), draws=draws)
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names of coordinates that are the same as a variable's
+        data.to_netcdf(str(path), engine="h5netcdf")
 
 
 def format_table(report: dict[str, Any]) -> str:
     """Return the means over seeds, with the spread of the first two, as a Markdown table."""
     config = report["config"]
     lines = [
-        f"digits, MLP of two layers of 100, {config['epochs']} + {config['epochs'] // 3} epochs, validation data, "
-        f"means of {len(config['seeds'])} seeds ± standard deviation; {report['device']}, torch {report['torch']}",
+        f"{config['data']}, MLP of {config['layers']} layers of 100, {config['epochs']} + {_fine_tune_epochs(config)} "
+        f"epochs, validation data, means of {len(config['seeds'])} seeds ± standard deviation; {report['device']}, "
+        f"torch {report['torch']}",
         "",
         "| prior | kl_weight | removed % | accuracy % | log likelihood | over draws | ECE % | Brier |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         removed, accuracy = (_spread([100 * each for each in row[key]]) for key in ("removed", "accuracy"))
-        mean = {key: statistics.fmean(values) for key, values in row.items() if isinstance(values, list)}
+        keys = ("log_likelihood", "log_likelihood_over_draws", "ece", "brier")
+        mean = {key: statistics.fmean(row[key]) for key in keys}
         lines.append(
             f"| {row['prior']} | {row['kl_weight']:g} | {removed} | {accuracy} | {mean['log_likelihood']:.4f} | "
             f"{mean['log_likelihood_over_draws']:.4f} | {100 * mean['ece']:.2f} | {mean['brier']:.4f} |"
@@ -138,27 +198,6 @@ def format_table(report: dict[str, Any]) -> str:
 
 def _spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
-
-
-def _draw(report: dict[str, Any], path: Path) -> None:
-    """Draw error and negative log likelihood against size: a line per prior along the weight of the KL."""
-    mpl.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in dict.fromkeys(row["prior"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["prior"] == name]
-        left = [100 * (1 - statistics.fmean(row["removed"])) for row in rows]
-        errors = [100 * (1 - statistics.fmean(row["accuracy"])) for row in rows]
-        for ax, values in ((axes[0], errors), (axes[1], [-statistics.fmean(row["log_likelihood"]) for row in rows])):
-            ax.plot(left, values, marker="o", label=name)
-    for ax, label in zip(axes, ("validation error (%)", "negative log likelihood (nats per example)"), strict=True):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.invert_xaxis()
-        ax.set_xlabel("parameters left (%, log scale)")
-        ax.set_ylabel(label)
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
