@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from torch import nn
 
 import pyro_bmrs as bmrs
 from analysis.data import Split, digits, load
@@ -104,7 +103,9 @@ def _begun(config: ComparePriors, output: Path) -> dict[str, Any]:
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before.get("config") != settings:
-            raise ValueError(f"{path} is of other settings, {before.get('config')}: delete it, or choose another --output")
+            raise ValueError(
+                f"{path} is of other settings, {before.get('config')}: delete it, or choose another --output"
+            )
         rows = before["rows"]
     return {
         "command": f"python -m analysis.compare_priors {' '.join(sys.argv[1:])}".strip(),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pyro.distributions import Beta, Delta, Gamma, TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints, kl_divergence, register_kl
+from torch.distributions import constraints, register_kl
 from torch.nn.functional import logsigmoid
 
 import pyro_bmrs as bmrs

@@ -3,6 +3,7 @@
 from pyro_bmrs.bmr import finite as finite
 from pyro_bmrs.bmr import multivariate_normal as multivariate_normal
 from pyro_bmrs.bmr import normal as normal
+from pyro_bmrs.bmr import quadrature as quadrature
 from pyro_bmrs.bmr import savage_dickey as savage_dickey
 from pyro_bmrs.bmr import truncated_log_normal as truncated_log_normal
 from pyro_bmrs.bmr.exponential_family import register_exponential_family

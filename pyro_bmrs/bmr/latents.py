@@ -29,6 +29,7 @@ from torch.distributions import (
 
 from pyro_bmrs.bmr.registry import POINT_MASS, is_point_mass
 from pyro_bmrs.checks import described
+from pyro_bmrs.distributions import LogitNormal
 
 __all__ = ["Latents", "check_no_point_mass", "posterior_and_prior", "read_latents", "to_elements"]
 
@@ -193,6 +194,8 @@ def _constrained(normal: Normal, support: Any) -> Distribution:
     above = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
     if above and bool(torch.as_tensor(support.lower_bound == 0).all()):
         return dist.LogNormal(normal.loc, normal.scale)
+    if isinstance(support, constraints.interval | constraints.half_open_interval):
+        return LogitNormal(normal.loc, normal.scale, support.lower_bound, support.upper_bound)
     return TransformedDistribution(normal, [biject_to(support)])
 
 

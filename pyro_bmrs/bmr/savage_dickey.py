@@ -13,11 +13,11 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.bmr.registry import register_evidence_change, register_reduced_posterior
 
-__all__: list[str] = []
+__all__ = ["evidence_change_at_point"]
 
 
 @register_evidence_change(Distribution, Distribution, Delta)
-def _evidence_change_point(q: Distribution, p: Distribution, reduced: Delta) -> Tensor:
+def evidence_change_at_point(q: Distribution, p: Distribution, reduced: Delta) -> Tensor:
     r"""Return the log of the Savage-Dickey density ratio at the point :math:`v`.
 
     .. math:: \Delta F = \log q(v) - \log p(v)

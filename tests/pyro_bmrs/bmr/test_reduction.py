@@ -418,12 +418,16 @@ def test_refuses_a_structured_guide():
     assert reduce(guide, model, {"a": dist.Normal(double(0.0), 0.5)}).delta_f["a"].shape == ()
 
 
-def test_names_the_sampled_estimate_where_there_is_no_closed_form():
+def test_names_the_sampled_estimate_where_there_is_no_rule():
     def model():
         with pyro.plate("rates", 3):
             pyro.sample("rate", dist.Gamma(double(2.0), double(1.0)))
 
-    guide, reduced = set_up(AutoNormal(model, init_scale=0.3)), dist.Gamma(double(2.0), double(2.0))
+    def guide():
+        with pyro.plate("rates", 3):
+            pyro.sample("rate", dist.Weibull(double(2.0), double(3.0)))
+
+    reduced = dist.Gamma(double(2.0), double(2.0))
     with pytest.raises(
         NotImplementedError, match=r"site 'rate': no evidence_change .* estimate_evidence_change.* posterior_and_prior"
     ):
@@ -432,6 +436,22 @@ def test_names_the_sampled_estimate_where_there_is_no_closed_form():
     sampled = estimate_evidence_change(q, p, reduced, seed=0)
     exact = quadrature(q, dist.Gamma(double([2.0] * 3), 1.0), dist.Gamma(double([2.0] * 3), 2.0), 1e-6, 40)
     assert ((sampled.estimate - exact).abs() < 4 * sampled.standard_error).all()
+
+
+@pytest.mark.parametrize(
+    ("prior", "reduced"),
+    [
+        (dist.Gamma(double(2.0), double(1.0)), dist.Gamma(double(2.0), double(2.0))),
+        (dist.HalfNormal(double(2.0)), dist.HalfNormal(double(0.1))),
+        (dist.HalfCauchy(double(1.0)), dist.HalfCauchy(double(0.2))),
+    ],
+)
+def test_scale_sites_of_an_autoguide(prior, reduced):
+    model = lambda: pyro.sample("scale", prior.expand([3]).to_event(1))  # noqa: E731
+    guide = set_up(AutoNormal(model, init_scale=0.3))
+    found = reduce(guide, model, {"scale": reduced}).delta_f["scale"]
+    q, p = posterior_and_prior(guide, model, "scale")
+    assert_close(found, quadrature(q, p, reduced.expand([3]), 1e-4, 40), 1e-5)
 
 
 def test_bounded_support_has_a_sampled_estimate():
@@ -443,6 +463,7 @@ def test_bounded_support_has_a_sampled_estimate():
     sampled = estimate_evidence_change(q, p, reduced, seed=0)
     exact = quadrature(q, p, reduced, 1e-9, 1 - 1e-9)
     assert ((sampled.estimate - exact).abs() < 4 * sampled.standard_error).all()
+    assert_close(reduce(guide, model, {"p": reduced}).delta_f["p"], exact, 1e-5)
     point = reduce(guide, model, {"p": dist.Delta(double([0.5, 0.4]))})
     assert_close(point.delta_f["p"], q.log_prob(double([0.5, 0.4])) - p.log_prob(double([0.5, 0.4])), 1e-12)
 
