@@ -103,20 +103,51 @@ def read_latents(guide: Program, model: Program, names: Iterable[str], *args: An
         posteriors, priors = guide.posterior(), guide.prior()
         _check_known(names, posteriors)
         return _latents(names, posteriors, priors)
+    (guide_trace, model_trace), others = _twice(
+        lambda: _trace(guide, model, args, kwargs), "guide and model", args, kwargs
+    )
+    _check_sites(names, guide_trace, model_trace)
+    priors = {name: model_trace.nodes[name]["fn"] for name in names}
+    _check_posteriors(names, guide, guide_trace, others[0])
+    for name in names:
+        _check_same("prior", name, model_trace, others[1])
+    return _read(guide, guide_trace, priors, args, kwargs)
+
+
+@torch.no_grad()
+def read_guide(guide: Program, priors: Mapping[str, Any], *args: Any, **kwargs: Any) -> Latents:
+    """Return the posterior of each site that has a prior, from the guide alone.
+
+    Raises:
+        TypeError: If it does not run on the arguments.
+        ValueError: If it lacks a site, or has another shape for it.
+        NotImplementedError: If the posterior of a site is nothing that can be written down.
+    """
+    first, second = _twice(lambda: poutine.trace(guide).get_trace(*args, **kwargs), "the guide", args, kwargs)
+    for name, prior in priors.items():
+        _check_in_guide(name, prior.shape(), first)
+    _check_posteriors(list(priors), guide, first, second)
+    return _read(guide, first, priors, args, kwargs)
+
+
+def _twice(run: Callable[[], Any], programs: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return what two runs of a program give; the global random state is left alone."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:
-            (guide_trace, model_trace), others = (_trace(guide, model, args, kwargs) for _ in range(2))
+            return run(), run()
         except TypeError as error:
+            run_on = "do not run" if " and " in programs else "does not run"
             raise TypeError(
-                f"guide and model do not run on the {len(args) + len(kwargs)} arguments given for them ({error}); pass "
-                "what they take"
+                f"{programs} {run_on} on the {len(args) + len(kwargs)} arguments given for "
+                f"{'them' if ' and ' in programs else 'it'} ({error}); pass what they take"
             ) from error
-    _check_sites(names, guide_trace, model_trace)
-    _check_fixed(names, (guide_trace, model_trace), others)
-    priors = {name: model_trace.nodes[name]["fn"] for name in names}
+
+
+def _read(guide: Program, trace: Trace, priors: Mapping[str, Any], args: Any, kwargs: Any) -> Latents:
+    names = list(priors)
     if isinstance(guide, AutoContinuous):
         return _from_autoguide(guide, names, priors, args, kwargs)
-    return _latents(names, {name: _posterior_of(name, guide_trace, priors[name]) for name in names}, priors)
+    return _latents(names, {name: _posterior_of(name, trace, priors[name]) for name in names}, priors)
 
 
 def to_elements(distribution: Any) -> Any:
@@ -218,26 +249,40 @@ def _check_sites(names: list[str], guide_trace: Trace, model_trace: Trace) -> No
             raise ValueError(f"site {name!r} is observed and has no posterior; the latent sites are {latent}")
     _check_known(names, latent)
     for name in names:
-        if name not in guide_trace.nodes:
-            raise ValueError(
-                f"the guide has no site {name!r}, so there is no posterior for it; add "
-                f"pyro.sample({name!r}, ...) to the guide"
+        _check_in_guide(name, sites[name]["fn"].shape(), guide_trace)
+
+
+def _check_in_guide(name: str, shape: torch.Size, guide_trace: Trace) -> None:
+    """Raise ``ValueError`` unless the guide has the site, and of this shape."""
+    if name not in guide_trace.nodes:
+        raise ValueError(
+            f"the guide has no site {name!r}, so there is no posterior for it; add "
+            f"pyro.sample({name!r}, ...) to the guide"
+        )
+    there = guide_trace.nodes[name]["value"].shape
+    if shape != there:
+        raise ValueError(f"site {name!r} has shape {tuple(shape)} in the model but {tuple(there)} in the guide")
+
+
+def _check_posteriors(names: list[str], guide: Program, first: Trace, second: Trace) -> None:
+    """Refuse sites whose posterior is not the same in a second run, with other draws of the other sites."""
+    for name in names:
+        node = first.nodes[name]
+        stated = isinstance(guide, AutoContinuous) or f"{name}_unconstrained" in first.nodes
+        if not isinstance(to_elements(node["fn"]), dist.Delta):
+            _check_same("posterior", name, first, second)
+        elif not (stated or torch.equal(node["value"], second.nodes[name]["value"])):
+            raise NotImplementedError(
+                f"the guide draws site {name!r} by other sites, and its own distribution is not known; use a guide "
+                f"that has pyro.sample({name!r}, ...) with a distribution of its own"
             )
-        here, there = sites[name]["fn"].shape(), guide_trace.nodes[name]["value"].shape
-        if here != there:
-            raise ValueError(f"site {name!r} has shape {tuple(here)} in the model but {tuple(there)} in the guide")
 
 
-def _check_fixed(names: list[str], traces: tuple[Trace, Trace], others: tuple[Trace, Trace]) -> None:
-    """Refuse a site whose distribution is not the same in a second run, with other draws of the other sites."""
-    values = traces[0].nodes
-    for kind, first, second in zip(("posterior", "prior"), traces, others, strict=True):
-        for name in names:
-            if kind == "posterior" and isinstance(to_elements(first.nodes[name]["fn"]), dist.Delta):
-                continue  # an autoguide's: its distribution is elsewhere
-            here, there = (each.nodes[name]["fn"].log_prob(values[name]["value"]) for each in (first, second))
-            if not torch.allclose(here, there, equal_nan=True):
-                raise NotImplementedError(
-                    f"the {kind} of site {name!r} depends on the draws of other sites, but Bayesian model reduction "
-                    "compares distributions that do not; reduce the sites that it depends on, or condition on them"
-                )
+def _check_same(kind: str, name: str, first: Trace, second: Trace) -> None:
+    value = first.nodes[name]["value"]
+    here, there = (each.nodes[name]["fn"].log_prob(value) for each in (first, second))
+    if not torch.allclose(here, there, equal_nan=True):
+        raise NotImplementedError(
+            f"the {kind} of site {name!r} depends on the draws of other sites, but Bayesian model reduction compares "
+            "distributions that do not; reduce the sites that it depends on, or condition on them"
+        )

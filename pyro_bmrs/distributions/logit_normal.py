@@ -33,16 +33,33 @@ class LogitNormal(TransformedDistribution):
         tensor(0.5000)
     """
 
+    arg_constraints = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+        "low": constraints.real,
+        "high": constraints.real,
+    }
+
     def __init__(self, loc: Any, scale: Any, low: Any, high: Any, validate_args: bool | None = None) -> None:
         normal = Normal(loc, scale, validate_args=validate_args)
         self.low, self.high = (torch.as_tensor(each).to(normal.loc).expand(normal.batch_shape) for each in (low, high))
         interval = biject_to(constraints.interval(self.low, self.high))
-        super().__init__(normal, [interval], validate_args=validate_args)
+        super().__init__(normal, [interval], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LogitNormal":
-        base, expanded = self.base_dist, torch.Size(batch_shape)
-        loc, scale, low, high = (each.expand(expanded) for each in (base.loc, base.scale, self.low, self.high))
+        expanded = torch.Size(batch_shape)
+        loc, scale, low, high = (each.expand(expanded) for each in (self.loc, self.scale, self.low, self.high))
         return LogitNormal(loc, scale, low, high, validate_args=False)
+
+    @property
+    def loc(self) -> Tensor:
+        """Location of the logit."""
+        return self.base_dist.loc
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation of the logit."""
+        return self.base_dist.scale
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
@@ -60,7 +77,7 @@ class LogitNormal(TransformedDistribution):
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance on the unit interval."""
         z, weights = (each.to(self.low.device) for each in _rule())
-        loc, scale = (each.double().unsqueeze(-1) for each in (self.base_dist.loc, self.base_dist.scale))
+        loc, scale = (each.double().unsqueeze(-1) for each in (self.loc, self.scale))
         values = torch.sigmoid(loc + scale * z)
         mean = values @ weights
         variance = (values - mean.unsqueeze(-1)).square() @ weights

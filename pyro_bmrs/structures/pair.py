@@ -1,14 +1,15 @@
 """A model and its guide: what removal needs to know of them, and whether they belong together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pyro_bmrs.checks import described
 from pyro_bmrs.structures.points import NoisePoint
 
-__all__ = ["NoisePosterior", "NoisyModel", "check_model", "check_pair"]
+__all__ = ["NoisePosterior", "NoisyModel", "check_model", "check_pair", "sum_of"]
 
 
 class NoisyModel:
@@ -27,21 +28,68 @@ class NoisyModel:
 
 
 class NoisePosterior:
-    """A guide for the noise of one model."""
+    """The posterior of a model's noise, by site: what is asked of a guide once it is fitted.
+
+    A subclass says what its model is, and the marginal posterior of each site; the rest follows for independent ones.
+    """
 
     @property
     def model(self) -> NoisyModel:
         """The model that it is the posterior of."""
         raise NotImplementedError
 
+    def posterior(self) -> Mapping[str, Any]:
+        """Return the posterior of each site, of ``batch_shape`` ``(size,)``."""
+        raise NotImplementedError
+
     @property
     def sizes(self) -> dict[str, int]:
         """Number of structures of each site."""
+        return {site: layer.size for site, layer in self.model.noise.items()}
+
+    @property
+    def noise(self) -> Mapping[str, Any]:
+        """The noise layers of the model, by site name."""
+        return self.model.noise
+
+    @property
+    def keep(self) -> Tensor:
+        """Which structures remain, of shape ``(structures,)``, bool."""
+        return torch.cat([layer.keep for layer in self.noise.values()])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.keep.device
+
+    def prior(self) -> dict[str, Any]:
+        """Return the prior of each site, of ``batch_shape`` ``(size,)``."""
+        return {site: layer.prior for site, layer in self.noise.items()}
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the posterior mean of each site's noise, of shape ``(size,)``."""
+        return {site: posterior.mean for site, posterior in self.posterior().items()}
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Split ``(..., structures)`` into one ``(..., size)`` per site."""
+        return dict(zip(self.sizes, flat.split(list(self.sizes.values()), dim=-1), strict=True))
+
+    def draw(self, sample_shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """Draw all noise at once: a tensor of shape ``(*sample_shape, size)`` for each site."""
+        return {site: posterior.rsample(sample_shape) for site, posterior in self.posterior().items()}
+
+    def draw_with_log_prob(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return draws, of shape ``(draws, size)`` for each site, and the log of their joint density, ``(draws,)``."""
+        thetas = self.draw((draws,))
+        posteriors = self.posterior().items()
+        return thetas, sum_of(posterior.log_prob(thetas[site]).double().sum(-1) for site, posterior in posteriors)
+
+    def kl(self) -> Tensor:
+        """Return the KL from the prior, summed over the structures that remain, in nats."""
         raise NotImplementedError
 
     def after_loading(self) -> None:
         """Hear that parameters and buffers have been replaced by those of a file."""
-        raise NotImplementedError
 
 
 def check_model(model: Any) -> None:
@@ -79,3 +127,11 @@ def check_pair(model: Any, guide: Any) -> None:
         raise ValueError(
             f"guide has {guide.sizes} structures, but the model has {sizes}: load or shrink both, or make a new guide"
         )
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors, of which there is at least one."""
+    first, *others = terms
+    for each in others:
+        first = first + each
+    return first

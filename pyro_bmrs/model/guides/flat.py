@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bmrs.checks import check_integer, described
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise
+from pyro_bmrs.model.noise import check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
 
 __all__ = ["FlatGuide", "at_least_float32", "check_guide"]
@@ -98,26 +98,12 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    @property
-    def keep(self) -> Tensor:
-        """Which structures remain, of shape ``(structures,)``, bool."""
-        return torch.cat([layer.keep for layer in self._model[0].noise.values()])
-
-    @property
-    def noise(self) -> dict[str, MultiplicativeNoise]:
-        """The noise layers of the model, by site name."""
-        return self._model[0].noise
-
     def flat_posterior(self) -> TorchDistribution:
         """Return the posterior over all structures, of ``batch_shape`` ``(structures,)``."""
         return self.family()
 
     def project_(self) -> None:
         """Bring parameters back, in place, into the range that the family documents; called after every step."""
-
-    def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Split ``(..., structures)`` into one ``(..., size)`` a site."""
-        return dict(zip(self.sizes, flat.split(list(self.sizes.values()), dim=-1), strict=True))
 
     def posterior(self) -> dict[str, TorchDistribution]:
         """Return the posterior of each site, of ``batch_shape`` ``(size,)``."""
@@ -126,10 +112,6 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
             posteriors[site] = self.family(slice(start, start + size))
             start += size
         return posteriors
-
-    def prior(self) -> dict[str, TorchDistribution]:
-        """Return the prior of each site, of ``batch_shape`` ``(size,)``."""
-        return {site: layer.prior for site, layer in self._model[0].noise.items()}
 
     def mean(self) -> dict[str, Tensor]:
         """Return the posterior mean of each site's noise, of shape ``(size,)``."""
