@@ -54,6 +54,7 @@ from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.model.prediction import predict
 from pyro_bmrs.model.sampling import sampled_noise
 from pyro_bmrs.pipeline.prune import Pruned, prune
+from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.compact import compact
 from pyro_bmrs.structures.cost import (
@@ -156,6 +157,7 @@ __all__ = [
     "guide_to_arviz",
     "load",
     "measure_latency",
+    "noise_posterior",
     "plot_evidence",
     "plot_evidence_snr",
     "plot_forest",

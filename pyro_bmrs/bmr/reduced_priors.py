@@ -6,7 +6,7 @@ from functools import singledispatch, wraps
 from typing import Any
 
 import torch
-from torch.distributions import Distribution
+from torch.distributions import Distribution, HalfCauchy, HalfNormal
 
 from pyro_bmrs.checks import check_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
@@ -35,8 +35,9 @@ def spike(prior: Any, scale: float = 1e-6) -> Distribution:
 
     For a log-uniform or truncated log-normal prior, a truncated log-normal on its support with location
     :math:`\tilde\mu = \log a` (section 3.1 of the paper, with :math:`\tilde\sigma^2 = 10^{-12}`). As ``scale`` goes to
-    0, :math:`\Delta F` becomes the Savage-Dickey density ratio :math:`\log q(a) - \log p(a)`. Families of your own say
-    what their spike is with ``@spike.register``.
+    0, :math:`\Delta F` becomes the Savage-Dickey density ratio :math:`\log q(a) - \log p(a)`. For a half-normal or
+    half-Cauchy prior, the same one of ``scale`` times its scale. Families of your own say what their spike is with
+    ``@spike.register``.
 
     Args:
         prior: The prior on the noise.
@@ -59,6 +60,14 @@ def _spike_at_lower_bound(prior: LogUniform | TruncatedLogNormal, scale: float =
     return TruncatedLogNormal(
         prior.log_low, torch.full_like(prior.log_low, scale), prior.log_low, prior.log_high, validate_args=False
     )
+
+
+@spike.register(HalfNormal)
+@spike.register(HalfCauchy)
+def _spike_of_small_scale(prior: Any, scale: float = 1e-6) -> Distribution:
+    """Return the prior, ``scale`` times as wide."""
+    check_number("scale", scale)
+    return type(prior)(prior.scale * scale, validate_args=False)
 
 
 @_by_type_of_first

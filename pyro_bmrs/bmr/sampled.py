@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import Delta, Empirical
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.bmr.registry import check_distributions
+from pyro_bmrs.bmr.registry import check_distributions, register_evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
 
 __all__ = [
@@ -119,6 +120,22 @@ def estimate_evidence_change(
     result = SampledEvidenceChange(estimate, standard_error, k, num_samples)
     _warn_where_unreliable(result)
     return result
+
+
+@register_evidence_change(Empirical, Distribution, Distribution)
+@torch.no_grad()
+def _evidence_change_of_draws(q: Empirical, p: Distribution, reduced: Distribution) -> Tensor:
+    """Return the estimate from the draws that the posterior is known by, with a warning where it is none."""
+    if isinstance(reduced, Delta):
+        raise NotImplementedError(
+            "a posterior that is known by its draws has no density at a point: give the reduced prior some width"
+        )
+    shape = check_distributions(q, p, reduced)
+    draws = q.enumerate_support().movedim(len(q.batch_shape), 0).expand(-1, *shape)
+    rows = _log_weights(draws, p, reduced).double().movedim(0, -1).reshape(-1, len(draws))
+    estimate, standard_error, k = (each.reshape(shape).to(draws) for each in (*_log_mean(rows), _pareto_k(rows)))
+    _warn_where_unreliable(SampledEvidenceChange(estimate, standard_error, k, len(draws)))
+    return estimate
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from pyro_bmrs.checks import described
-from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.inputs import Inputs
+from pyro_bmrs.structures.pair import NoisePosterior
 from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["Criterion", "PruningContext", "Scores", "checked_scores"]
@@ -28,17 +29,20 @@ class PruningContext:
 
     Attributes:
         model: The model, whose masks say what has been removed already.
-        guide: Its guide.
+        guide: Its guide, of any kind: what ``noise_posterior(model, guide, x, y)`` makes of it.
         structures: What ``find_structures`` has said of the network, or the noise was attached to.
         x: A batch of training inputs, of shape ``(batch, ...)``, or a tuple or dictionary of such.
         y: Their observations.
     """
 
     model: NoisyNetwork
-    guide: FlatGuide
+    guide: NoisePosterior
     structures: StructureSet
     x: Inputs
     y: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guide", noise_posterior(self.model, self.guide, self.x, self.y))
 
 
 class Criterion:

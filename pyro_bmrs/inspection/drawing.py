@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from pyro.distributions import Empirical
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -77,6 +78,8 @@ def legend(ax: Axes, colours: Mapping[str, str], line: str | None = None) -> Non
 
 def on_cpu(distribution: Any) -> Distribution:
     """Return a distribution with its parameters on the CPU."""
+    if isinstance(distribution, Empirical):
+        return Empirical(distribution.enumerate_support().cpu(), distribution.log_weights.cpu())
     return type(distribution)(**{name: getattr(distribution, name).cpu() for name in distribution.arg_constraints})
 
 

@@ -12,9 +12,9 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.inspection.draws import each_draw
-from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.structures.pair import check_pair
+from pyro_bmrs.structures.any_guide import noise_posterior
+from pyro_bmrs.structures.pair import check_model
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
@@ -101,7 +101,7 @@ class PredictiveEvaluation:
 @torch.no_grad()
 def evaluate(
     model: NoisyNetwork,
-    guide: FlatGuide,
+    guide: Any,
     data: Any,
     draws: int = 100,
     seed: int = 0,
@@ -112,7 +112,7 @@ def evaluate(
 
     Args:
         model: The model; it runs in eval mode, once per draw and batch.
-        guide: Its guide.
+        guide: Its guide, of any kind; one that is a program is run on the first batch, see ``noise_posterior``.
         data: Whatever ``fit`` takes.
         draws: Number of draws of the noise.
         seed: Of the draws; the global random state is left alone.
@@ -133,10 +133,11 @@ def evaluate(
         >>> 0 <= found.at_mean.accuracy <= 1
         True
     """
-    check_pair(model, guide)
+    check_model(model)
     check_integer("draws", draws, low=1, high=10**6)
     check_seed("seed", seed)
     source = source_of(data, model, unpack)
+    guide = noise_posterior(model, guide, *source.first)
     with local_seed(seed, [guide.device]):
         drawn = guide.draw((draws,))
     means = {site: mean.unsqueeze(0) for site, mean in guide.mean().items()}

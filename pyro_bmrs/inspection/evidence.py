@@ -10,24 +10,24 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change, spike
 from pyro_bmrs.checks import check_function
-from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
+from pyro_bmrs.structures.any_guide import known_posterior
 
 __all__ = ["evidence_changes"]
 
 
 @torch.no_grad()
-def evidence_changes(guide: FlatGuide, reduced_prior: Callable[[Any], Distribution] = spike) -> dict[str, Tensor]:
+def evidence_changes(guide: Any, reduced_prior: Callable[[Any], Distribution] = spike) -> dict[str, Tensor]:
     r"""Return :math:`\Delta F` of every structure, in nats, by site; >= 0 favours removal.
 
     Of shape ``(size,)``, in the numbering of the original network. A structure that has been cut out by shrinking has
     no posterior left to judge, and NaN here; ``FitResult.scores`` holds the last score of it.
 
     Args:
-        guide: The fitted guide.
+        guide: The fitted guide, if it knows its model; of any other ``noise_posterior(model, guide, ...)``.
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
     """
-    check_guide(guide)
     check_function("reduced_prior", reduced_prior, "of a prior, as spike is")
+    guide = known_posterior(guide)
     priors, layers = guide.prior(), guide.noise
     return {
         site: layers[site].in_original(evidence_change(posterior, priors[site], reduced_prior(priors[site])), math.nan)

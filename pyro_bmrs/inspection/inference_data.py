@@ -14,9 +14,9 @@ from pyro_bmrs.bmr import evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.criteria import BMRS_N, BMRS_U
 from pyro_bmrs.inspection.draws import each_draw, on_host
-from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.structures.pair import check_pair
+from pyro_bmrs.structures.any_guide import known_posterior, noise_posterior
+from pyro_bmrs.structures.pair import NoisePosterior, check_model, sum_of
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
@@ -33,8 +33,8 @@ _CRITERIA = {"BMRS_N": BMRS_N(), "BMRS_U_8": BMRS_U(8), "BMRS_U_4": BMRS_U(4)}
 
 @torch.no_grad()
 def to_arviz(
-    model: NoisyNetwork | FlatGuide,
-    guide: FlatGuide | None = None,
+    model: Any,
+    guide: Any = None,
     data: Any = None,
     draws: int = 1000,
     seed: int = 0,
@@ -64,8 +64,8 @@ def to_arviz(
     al., 2018).
 
     Args:
-        model: The model; or a ``FlatGuide`` alone, which knows its model.
-        guide: Its guide.
+        model: The model; or a guide alone that knows its model.
+        guide: Its guide, of any kind; one that is a program is run on the first batch, see ``noise_posterior``.
         data: Examples to predict: whatever ``fit`` takes.
         draws: Number of draws. With ``n`` examples, results take ``12 * draws * n`` bytes for one label each; inputs
             are streamed in batches.
@@ -81,16 +81,20 @@ def to_arviz(
     """
     from pyro_bmrs._arviz import from_dict, pareto_k  # noqa: PLC0415  (ArviZ takes as long to import as torch)
 
-    model, guide = _pair(model, guide)
+    if guide is None:
+        guide = known_posterior(model)
+        model = guide.model
+    check_model(model)
     check_integer("draws", draws, low=1, high=10**7)
     check_seed("seed", seed)
     source = None if data is None else source_of(data, model, unpack)
+    guide = noise_posterior(model, guide, *(() if source is None else source.first))
     with local_seed(seed, [guide.device]):
-        thetas = guide.draw((draws,))
+        thetas, log_q = guide.draw_with_log_prob(draws)
         prior = {site: distribution.sample((draws,)) for site, distribution in guide.prior().items()}
         groups: Groups = {"posterior": _noise(thetas), "prior": _noise(prior), "constant_data": _constants(guide)}
         if source is not None:
-            groups |= _predictions(model, guide, thetas, source)
+            groups |= _predictions(model, guide, thetas, log_q, source)
     structures = {f"{site}_structure": layer.index.tolist() for site, layer in guide.noise.items()}
     dims = {
         name: [f"{_site_of(name, guide)}_structure"]
@@ -107,14 +111,6 @@ def to_arviz(
     return from_dict(groups, structures, dims, attributes)
 
 
-def _pair(model: Any, guide: Any) -> tuple[NoisyNetwork, FlatGuide]:
-    if guide is None:
-        check_guide(model)
-        model, guide = model.model, model
-    check_pair(model, guide)
-    return model, guide
-
-
 def _noise(thetas: Mapping[str, Tensor]) -> dict[str, "np.ndarray[Any, Any]"]:
     """Return noise and its logarithm, with the one chain that ArviZ wants in front."""
     found = {}
@@ -128,11 +124,11 @@ def _log_name(site: str) -> str:
     return f"{site.removesuffix('theta')}log_theta"
 
 
-def _site_of(name: str, guide: FlatGuide) -> str:
+def _site_of(name: str, guide: NoisePosterior) -> str:
     return next(site for site in guide.sizes if name in (site, _log_name(site)) or name.startswith(f"{site}."))
 
 
-def _constants(guide: FlatGuide) -> dict[str, "np.ndarray[Any, Any]"]:
+def _constants(guide: NoisePosterior) -> dict[str, "np.ndarray[Any, Any]"]:
     priors, found = guide.prior(), {}
     for site, posterior in guide.posterior().items():
         layer = guide.noise[site]
@@ -152,7 +148,9 @@ def _constants(guide: FlatGuide) -> dict[str, "np.ndarray[Any, Any]"]:
     return found
 
 
-def _predictions(model: NoisyNetwork, guide: FlatGuide, thetas: Mapping[str, Tensor], source: Source) -> Groups:
+def _predictions(
+    model: NoisyNetwork, guide: NoisePosterior, thetas: Mapping[str, Tensor], log_q: Tensor, source: Source
+) -> Groups:
     """Return what each draw of the noise says of each example."""
     log_likelihood, predicted, observed = [], [], []
     for y, distributions in each_draw(model, thetas, source, guide.device):
@@ -161,10 +159,7 @@ def _predictions(model: NoisyNetwork, guide: FlatGuide, thetas: Mapping[str, Ten
         predicted.append(np.stack([second for _, second in of_batch]))
         observed.append(on_host(y))
     pointwise = np.concatenate(log_likelihood, 1)
-    log_prior, log_q = (
-        sum(distribution.log_prob(thetas[site]).double().sum(-1) for site, distribution in distributions.items())
-        for distributions in (guide.prior(), guide.posterior())
-    )
+    log_prior = sum_of(prior.log_prob(thetas[site]).double().sum(-1) for site, prior in guide.prior().items())
     lp = pointwise.sum(1, dtype=np.float64) + on_host(log_prior)
     return {
         "log_likelihood": {"obs": pointwise[None]},

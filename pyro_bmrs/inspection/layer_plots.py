@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
+from pyro.distributions import Empirical
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -25,7 +26,7 @@ from pyro_bmrs.inspection.drawing import (
 )
 from pyro_bmrs.inspection.evidence import evidence_changes
 from pyro_bmrs.inspection.trajectories import Trajectories
-from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
+from pyro_bmrs.structures.any_guide import known_posterior
 
 __all__ = ["plot_network", "plot_ridge", "plot_trajectories"]
 
@@ -35,14 +36,14 @@ _TAIL = 1e-3  # mass that is left out at either end
 
 
 @torch.no_grad()
-def plot_ridge(guide: FlatGuide, site: str | None = None, ax: Axes | None = None) -> Axes:
+def plot_ridge(guide: Any, site: str | None = None, ax: Axes | None = None) -> Axes:
     r"""Draw the posterior density of :math:`\log\theta` of every structure of a layer, sorted by its evidence.
 
     What the evidence would remove first is at the bottom. Of layers with more than 60 structures every second, third,
     ... of the sorted ones is drawn. Heights are relative to each density's own maximum.
 
     Args:
-        guide: The fitted guide, of noise that is positive.
+        guide: The fitted guide, as for ``evidence_changes``, of noise that is positive.
         site: The layer's site; by default the first one.
         ax: Axes to draw on; new ones by default.
 
@@ -50,7 +51,7 @@ def plot_ridge(guide: FlatGuide, site: str | None = None, ax: Axes | None = None
         TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
         ValueError: If there is no such site, or noise may be negative.
     """
-    check_guide(guide)
+    guide = known_posterior(guide)
     site = _known_site(site, guide.sizes)
     ax = axes_of(ax, figsize=(7, 7))
     posterior = on_cpu(guide.posterior()[site])
@@ -79,12 +80,24 @@ def plot_ridge(guide: FlatGuide, site: str | None = None, ax: Axes | None = None
 
 def _log_density(posterior: Distribution, log_theta: Tensor) -> Tensor:
     """Return the density of log(theta) at each point, of shape ``(points, structures)``; 0 outside the support."""
+    if isinstance(posterior, Empirical):
+        return _smoothed(posterior.enumerate_support().double().log(), log_theta)
     mean: Any = posterior.mean
     theta = log_theta.exp().unsqueeze(-1).to(mean).expand(-1, *mean.shape)
     support: Any = posterior.support
     inside = support.check(theta)
     inner = torch.where(inside, theta, mean)
     return torch.where(inside, (posterior.log_prob(inner).double() + inner.double().log()).exp(), 0.0)
+
+
+def _smoothed(draws: Tensor, grid: Tensor) -> Tensor:
+    """Return a kernel estimate of the density of draws, of shape ``(structures, draws)``: Gaussian, Scott's width."""
+    widths = (draws.std(-1) * draws.shape[-1] ** -0.2).clamp_min(float(grid[1] - grid[0]))
+    each = [
+        torch.exp(-0.5 * ((grid.unsqueeze(-1) - row) / width) ** 2).mean(-1) / width
+        for row, width in zip(draws, widths, strict=True)
+    ]
+    return torch.stack(each, -1)
 
 
 def plot_network(

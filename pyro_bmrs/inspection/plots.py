@@ -27,7 +27,7 @@ from pyro_bmrs.inspection.drawing import (
     log_quantiles,
     on_cpu,
 )
-from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
+from pyro_bmrs.structures.any_guide import known_posterior
 
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_forests", "plot_history", "plot_reduction"]
 
@@ -110,14 +110,14 @@ def _log_theta_density(distribution: Distribution, log_theta: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) -> Axes:
+def plot_forest(guide: Any, mass: float = 0.94, ax: Axes | None = None) -> Axes:
     r"""Draw median and central interval of every kept structure's :math:`\log\theta`, by layer, sorted within it.
 
     Those that have been removed are one band for each layer, from the lowest to the highest of their intervals: they
     have collapsed, and differ in nothing.
 
     Args:
-        guide: The fitted guide, of noise that is positive.
+        guide: The fitted guide, as for ``evidence_changes``, of noise that is positive.
         mass: Posterior mass of the intervals.
         ax: Axes to draw on; new ones by default.
 
@@ -125,7 +125,7 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
         TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
         ValueError: If ``mass`` is not inside (0, 1), or noise may be negative.
     """
-    check_guide(guide)
+    guide = known_posterior(guide)
     if not 0 < check_number("mass", mass) < 1:
         raise ValueError(f"mass must lie inside (0, 1), but got {mass}")
     ax = axes_of(ax, figsize=(7, 9))
@@ -160,9 +160,7 @@ def plot_forest(guide: FlatGuide, mass: float = 0.94, ax: Axes | None = None) ->
     return ax
 
 
-def plot_forests(
-    guides: Mapping[str, FlatGuide], mass: float = 0.94, axes: Sequence[Axes] | None = None
-) -> Sequence[Axes]:
+def plot_forests(guides: Mapping[str, Any], mass: float = 0.94, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     r"""Draw forests of several fits side by side, with one scale of :math:`\log\theta`.
 
     Args:

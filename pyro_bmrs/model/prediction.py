@@ -8,20 +8,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_bmrs.checks import check_integer, described
-from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, refusing, to_input
 from pyro_bmrs.structures.inputs import batch_size as examples
 from pyro_bmrs.structures.masks import check_masks
-from pyro_bmrs.structures.pair import check_pair
+from pyro_bmrs.structures.pair import check_model
 
 __all__ = ["predict"]
 
 
 def predict(
     model: NoisyNetwork,
-    guide: FlatGuide,
+    guide: Any,
     x: Inputs,
     masks: Mapping[str, Tensor] | None = None,
     batch_size: int = 1024,
@@ -33,7 +33,7 @@ def predict(
 
     Args:
         model: The model.
-        guide: Its guide.
+        guide: Its guide, of any kind; one that is a program is run on ``x``, see ``noise_posterior``.
         x: Inputs: a tensor of shape ``(n, ...)``, a tuple of positional inputs or a mapping of named ones; moved to the
             guide's device, and divided by 255 if of dtype uint8.
         masks: For each site a bool tensor of shape ``(size,)``, True = keep, in the numbering of the original network;
@@ -49,10 +49,11 @@ def predict(
         ValueError: If the guide is another model's, a mask names no site or has the wrong shape or dtype, or the
             network cannot take ``x``.
     """
-    check_pair(model, guide)
+    check_model(model)
     check_integer("batch_size", batch_size, low=1)
     if not examples(x):
         raise ValueError(f"x holds no examples: it is {described(x)}")
+    guide = noise_posterior(model, guide, x)
     masks = check_masks(masks, model.noise, model.sizes)
     with evaluating(model), torch.no_grad():
         values = {site: mean * masks[site] for site, mean in guide.mean().items()}

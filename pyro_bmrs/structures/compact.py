@@ -1,15 +1,15 @@
 """From masks to a smaller plain nn.Module, exactly."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.structures.masks import check_masks
-from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.structures.points import Attachment, noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
@@ -17,7 +17,6 @@ from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.structures.trial import Bench
 
 if TYPE_CHECKING:
-    from pyro_bmrs.model.guides.flat import FlatGuide
     from pyro_bmrs.model.network import NoisyNetwork
 
 __all__ = ["compact", "plain_copy", "structures_of", "without_noise"]
@@ -25,7 +24,7 @@ __all__ = ["compact", "plain_copy", "structures_of", "without_noise"]
 
 def compact(
     model: "NoisyNetwork",
-    guide: "FlatGuide",
+    guide: Any,
     masks: Mapping[str, Tensor] | None,
     example_input: Inputs,
     structures: StructureSet | None = None,
@@ -41,7 +40,7 @@ def compact(
 
     Args:
         model: The model; neither it nor its network is changed.
-        guide: Its guide.
+        guide: Its guide, of any kind; one that is a program is run on ``example_input``, see ``noise_posterior``.
         masks: For each site a bool tensor of shape ``(size,)``, True = keep, in the numbering of the original network;
             None, and sites left out, keep what has not been removed so far.
         example_input: Inputs of any batch size: a tensor, a tuple or a mapping. Only their shapes and types matter.
@@ -55,7 +54,7 @@ def compact(
         ValueError: If the guide is another model's, or a mask does not fit.
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
     """
-    check_pair(model, guide)
+    guide = noise_posterior(model, guide, example_input)
     if structures is not None:
         check_structures(model.net, structures)
     masks = check_masks(masks, model.noise, model.sizes)
