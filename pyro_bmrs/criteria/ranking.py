@@ -95,7 +95,7 @@ class GradientWeightNorm(RankingCriterion):
     def scores(self, context: PruningContext) -> Scores:
         model = context.model
         weights = {name: p for name, p in _own_network(model.net).named_parameters() if p.requires_grad}
-        means = {site: mean.detach() for site, mean in context.guide.mean().items()}
+        means = {site: mean.detach() for site, mean in context.guide.points().items()}
         with torch.enable_grad():
             loss = -model.likelihood(model.run(context.x, means)).log_prob(context.y).mean()
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)

@@ -139,8 +139,8 @@ def evaluate(
     source = source_of(data, model, unpack)
     guide = noise_posterior(model, guide, *source.first)
     with local_seed(seed, [guide.device]):
-        drawn = guide.draw((draws,))
-    means = {site: mean.unsqueeze(0) for site, mean in guide.mean().items()}
+        drawn, _ = guide.draw_with_log_prob(draws)
+    means = {site: point.unsqueeze(0) for site, point in guide.points().items()}
     at_mean, _ = _scores(model, means, source, guide.device)
     over_draws, expected = _scores(model, drawn, source, guide.device)
     kl = float(guide.kl())

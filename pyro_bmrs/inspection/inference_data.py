@@ -13,10 +13,10 @@ from torch import Tensor
 from pyro_bmrs.bmr import evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.criteria import BMRS_N, BMRS_U
-from pyro_bmrs.inspection.draws import each_draw, on_host
+from pyro_bmrs.inspection.draws import each_draw, log_prior, on_host
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.any_guide import known_posterior, noise_posterior
-from pyro_bmrs.structures.pair import NoisePosterior, check_model, sum_of
+from pyro_bmrs.structures.pair import NoisePosterior, check_model
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
@@ -48,7 +48,8 @@ def to_arviz(
     the original network, ``<site>_structure``, and of data ``example``. Groups:
 
     - ``posterior`` and ``prior``: ``<layer>.theta`` and ``<layer>.log_theta``, of shape ``(1, draws, size)``. Removed
-      structures keep the posterior for which they were removed, unless they have been cut out by shrinking.
+      structures keep the posterior for which they were removed, unless they have been cut out by shrinking. Other
+      latent sites are in ``posterior`` alone.
     - ``constant_data``, for each site and structure: ``.kept`` (1 or 0), ``.mean``, ``.snr`` (mean over standard
       deviation), ``.delta_f_BMRS_N``, ``.delta_f_BMRS_U_8`` and ``.delta_f_BMRS_U_4`` (in nats, >= 0 favours removal;
       where they are known for the prior), ``.odds`` (of absence, from BMRS_N and even prior odds), ``.original_index``
@@ -90,16 +91,23 @@ def to_arviz(
     source = None if data is None else source_of(data, model, unpack)
     guide = noise_posterior(model, guide, *(() if source is None else source.first))
     with local_seed(seed, [guide.device]):
-        thetas, log_q = guide.draw_with_log_prob(draws)
+        drawn, log_q = guide.draw_with_log_prob(draws)
+        thetas = {site: drawn[site] for site in guide.sizes}
+        others = {site: on_host(values.unsqueeze(0)) for site, values in drawn.items() if site not in thetas}
         prior = {site: distribution.sample((draws,)) for site, distribution in guide.prior().items()}
-        groups: Groups = {"posterior": _noise(thetas), "prior": _noise(prior), "constant_data": _constants(guide)}
+        groups: Groups = {
+            "posterior": {**_noise(thetas), **others},
+            "prior": _noise(prior),
+            "constant_data": _constants(guide),
+        }
         if source is not None:
-            groups |= _predictions(model, guide, thetas, log_q, source)
+            groups |= _predictions(model, guide, drawn, log_q, source)
     structures = {f"{site}_structure": layer.index.tolist() for site, layer in guide.noise.items()}
     dims = {
         name: [f"{_site_of(name, guide)}_structure"]
         for group in ("posterior", "constant_data")
         for name in groups[group]
+        if name not in others
     }
     if source is not None:
         structures["example"] = list(range(source.size))
@@ -149,18 +157,17 @@ def _constants(guide: NoisePosterior) -> dict[str, "np.ndarray[Any, Any]"]:
 
 
 def _predictions(
-    model: NoisyNetwork, guide: NoisePosterior, thetas: Mapping[str, Tensor], log_q: Tensor, source: Source
+    model: NoisyNetwork, guide: NoisePosterior, drawn: Mapping[str, Tensor], log_q: Tensor, source: Source
 ) -> Groups:
     """Return what each draw of the noise says of each example."""
     log_likelihood, predicted, observed = [], [], []
-    for y, distributions in each_draw(model, thetas, source, guide.device):
+    for y, distributions in each_draw(model, drawn, source, guide.device):
         of_batch = [(on_host(each.log_prob(y).float()), on_host(each.sample())) for each in distributions]
         log_likelihood.append(np.stack([first for first, _ in of_batch]))
         predicted.append(np.stack([second for _, second in of_batch]))
         observed.append(on_host(y))
     pointwise = np.concatenate(log_likelihood, 1)
-    log_prior = sum_of(prior.log_prob(thetas[site]).double().sum(-1) for site, prior in guide.prior().items())
-    lp = pointwise.sum(1, dtype=np.float64) + on_host(log_prior)
+    lp = pointwise.sum(1, dtype=np.float64) + on_host(log_prior(model, guide, drawn, source))
     return {
         "log_likelihood": {"obs": pointwise[None]},
         "posterior_predictive": {"obs": np.concatenate(predicted, 1)[None]},

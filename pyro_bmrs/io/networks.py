@@ -23,6 +23,7 @@ from pyro_bmrs.io.files import PathLike, folder_lock, write_together
 from pyro_bmrs.io.proof import check_same
 from pyro_bmrs.io.rebuilding import rebuild, tensors_of
 from pyro_bmrs.structures.copying import copied
+from pyro_bmrs.structures.pair import NoisePosterior
 
 __all__ = ["load", "save"]
 
@@ -117,6 +118,11 @@ def _check_savable(net: nn.Module) -> None:
             raise ValueError(f"{where}, which is compiled code: save it with torch.jit.save")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{where} with an extra state, which may be anything: save its state_dict with torch.save")
+        if getattr(module, "latents", None) is not None and isinstance(module, NoisePosterior):
+            raise ValueError(
+                f"{where} with a guide of other latent sites, which is not among its layers: keep both by "
+                "torch.save(guide.latents.module.state_dict(), ...) and torch.save(guide.state_dict(), ...)"
+            )
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name!r} has no shape yet: run the network once, then save it")

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
 from pyro_bmrs.checks import check_integer, check_module, check_number, described
-from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, noise_layers, supply_noise
+from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise, noise_layers, supply_noise
 from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import no_fast_path
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call
@@ -171,11 +171,15 @@ class NoisyNetwork(PyroModule, NoisyModel):
 
         Args:
             x: Inputs: a tensor of shape ``(batch, ...)``, a tuple of positional inputs or a mapping of named ones.
-            noise: For each site a tensor of shape ``(*leading, size)``.
+            noise: For each noise site a tensor of shape ``(*leading, size)``; other latent sites may have values too.
             masked: Whether structures that have been removed are to be at 0 whatever the noise.
         """
+        others = {site: value for site, value in noise.items() if site not in self._noise}
         with supply_noise(self.noise, noise, masked), no_fast_path():
-            return call(self.net, x)
+            if not others:
+                return call(self.net, x)
+            with fix_noise(others):
+                return call(self.net, x)
 
     def log_likelihood(self, x: Inputs, y: Tensor, noise: Mapping[str, Tensor]) -> Tensor:
         r"""Return :math:`\frac{N}{B} \sum_i \log p(y_i \mid x_i, \theta)`, of shape ``()``, without a site for it.

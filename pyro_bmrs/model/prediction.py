@@ -56,7 +56,7 @@ def predict(
     guide = noise_posterior(model, guide, x)
     masks = check_masks(masks, model.noise, model.sizes)
     with evaluating(model), torch.no_grad():
-        values = {site: mean * masks[site] for site, mean in guide.mean().items()}
+        values = {site: point * masks[site] if site in masks else point for site, point in guide.points().items()}
         outputs = []
         for batch in batches(tree_map(lambda each: _moved(each, guide.device), x), batch_size):
             inputs = tree_map(lambda each: to_input(each, model.net), batch)

@@ -27,7 +27,8 @@ def sampled_noise(model: NoisyNetwork, guide: FlatGuide, examples: int | None = 
             far less noisy. By default all share one draw.
 
     Raises:
-        TypeError, ValueError: If the guide is another model's, or ``examples`` is not positive.
+        TypeError, ValueError: If the guide is another model's or has other latent sites, or ``examples`` is not
+            positive.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
@@ -38,6 +39,10 @@ def sampled_noise(model: NoisyNetwork, guide: FlatGuide, examples: int | None = 
         >>> (loss + guide.kl() / 100).backward()
     """
     check_pair(model, guide)
+    if guide.latents is not None:
+        raise ValueError(
+            "sampled_noise switches on noise alone, but the guide has other latent sites: use MeanFieldELBO"
+        )
     if examples is not None:
         check_integer("examples", examples, low=1)
     noise = guide.draw() if examples is None else guide.draw_shared(examples)

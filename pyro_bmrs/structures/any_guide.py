@@ -1,6 +1,6 @@
 """The noise posterior that a guide of any kind stands for: an autoguide, a program written by hand, a flow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,17 +77,21 @@ def noise_posterior(model: Any, guide: Any, *args: Any, **kwargs: Any) -> NoiseP
     def run() -> Trace:
         return poutine.trace(guide).get_trace(*args, **kwargs)
 
+    def drawn() -> dict[str, Distribution]:
+        return _empirical(_many(run, list(priors), _DRAWS, seed=0)[0])
+
+    others = _other_sites(run, list(priors))
     try:
         latents = read_guide(guide, priors, *args, **kwargs)
     except NotImplementedError:
-        return ProgramPosterior(model, _empirical(_many(run, list(priors), _DRAWS, seed=0)[0]), run)
+        return ProgramPosterior(model, drawn(), run, others)
     separate = latents.correlated is None and all(not each.event_shape for each in latents.posteriors.values())
     posteriors = {site: marginals(each) for site, each in latents.posteriors.items()}
     if not all(map(_has_moments, posteriors.values())):
-        drawn = _empirical(_many(run, list(priors), _DRAWS, seed=0)[0])
-        posteriors = {site: each if _has_moments(each) else drawn[site] for site, each in posteriors.items()}
+        sampled = drawn()
+        posteriors = {site: each if _has_moments(each) else sampled[site] for site, each in posteriors.items()}
         separate = False
-    return ProgramPosterior(model, posteriors, None if separate else run)
+    return ProgramPosterior(model, posteriors, None if separate and not others else run, others)
 
 
 def known_posterior(guide: Any) -> NoisePosterior:
@@ -113,14 +117,19 @@ class ProgramPosterior(NoisePosterior):
     Args:
         model: The model.
         posteriors: Posterior of each site, of ``batch_shape`` ``(size,)``.
-        run: Runs the guide once and returns its trace; None where sites and structures are independent, and are drawn
-            from ``posteriors``.
+        run: Runs the guide once and returns its trace; None where it draws noise alone, each structure's independently,
+            which is then drawn from ``posteriors``.
+        others: Names of the other latent sites that the guide draws.
     """
 
     def __init__(
-        self, model: NoisyModel, posteriors: Mapping[str, Distribution], run: Callable[[], Trace] | None = None
+        self,
+        model: NoisyModel,
+        posteriors: Mapping[str, Distribution],
+        run: Callable[[], Trace] | None = None,
+        others: Sequence[str] = (),
     ) -> None:
-        self._model, self._posteriors, self._run = model, dict(posteriors), run
+        self._model, self._posteriors, self._run, self._others = model, dict(posteriors), run, tuple(others)
 
     @property
     def model(self) -> NoisyModel:
@@ -130,15 +139,22 @@ class ProgramPosterior(NoisePosterior):
         return self._posteriors
 
     @torch.no_grad()
+    def points(self) -> ByDraw:
+        if self._run is None or not self._others:
+            return self.mean()
+        drawn, _ = _many(self._run, self._others, _DRAWS, seed=0)
+        return {**self.mean(), **{site: drawn[site].mean(0) for site in self._others}}
+
+    @torch.no_grad()
     def draw(self, sample_shape: tuple[int, ...] = ()) -> ByDraw:
         count = torch.Size(sample_shape).numel()
         thetas = self.draw_with_log_prob(count)[0]
-        return {site: theta.reshape(*sample_shape, *theta.shape[1:]) for site, theta in thetas.items()}
+        return {site: thetas[site].reshape(*sample_shape, size) for site, size in self.sizes.items()}
 
     @torch.no_grad()
     def draw_with_log_prob(self, draws: int) -> tuple[ByDraw, Tensor]:
         if self._run is not None:
-            return _many(self._run, list(self.sizes), draws)
+            return _many(self._run, [*self.sizes, *self._others], draws)
         thetas = {site: posterior.sample((draws,)) for site, posterior in self._posteriors.items()}
         return thetas, sum_of(each.log_prob(thetas[site]).double().sum(-1) for site, each in self._posteriors.items())
 
@@ -147,16 +163,42 @@ class ProgramPosterior(NoisePosterior):
         """Return the KL from the prior, in nats: in closed form where there is one, else an estimate of 1,000 draws.
 
         Of a guide whose sites or structures depend on each other, removed structures are counted too; where they depend
-        on something else that it draws, it is an upper bound.
+        on something else that it draws, it is an upper bound. Of one that correlates noise with other latent sites, it
+        is that of the noise's marginals.
+
+        Raises:
+            NotImplementedError: If noise is known by its draws alone, and the guide draws other latent sites.
         """
-        if self._run is None:
+        by_draws = any(isinstance(each, Empirical) for each in self._posteriors.values())
+        if self._run is None or (self._others and not by_draws):
+            priors = self.prior()
             return sum_of(
-                (_kl(posterior, self.prior()[site]) * self.noise[site].keep).sum()
+                (_kl(posterior, priors[site]) * self.noise[site].keep).sum()
                 for site, posterior in self._posteriors.items()
             )
-        thetas, log_q = self.draw_with_log_prob(_DRAWS)
+        if self._others:
+            raise NotImplementedError(
+                f"the KL of the noise is not known from draws of it along with {self._others[0]!r}: use a guide with a "
+                "distribution of its own for each site"
+            )
+        thetas, log_q = _many(self._run, list(self.sizes), _DRAWS)
         log_p = sum_of(prior.log_prob(thetas[site]).double().sum(-1) for site, prior in self.prior().items())
         return (log_q - log_p).mean()
+
+
+def _other_sites(run: Callable[[], Trace], noise: list[str]) -> list[str]:
+    """Return the names of what a guide draws for the model's sake besides noise; the random state is left alone."""
+    with torch.random.fork_rng([]), torch.no_grad():
+        try:
+            trace = run()
+        except TypeError:
+            return []  # it does not run on these arguments, which is said by what runs it next
+    return [
+        name
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not (name in noise or node["infer"].get("is_auxiliary") or site_is_subsample(node))
+    ]
 
 
 def _priors(model: Any) -> dict[str, Any]:
@@ -202,7 +244,7 @@ def _empirical(thetas: ByDraw) -> dict[str, Distribution]:
 
 
 @torch.no_grad()
-def _many(run: Callable[[], Trace], sites: list[str], draws: int, seed: int | None = None) -> tuple[ByDraw, Tensor]:
+def _many(run: Callable[[], Trace], sites: Sequence[str], draws: int, seed: int | None = None) -> tuple[ByDraw, Tensor]:
     """Return what many runs of a guide draw, and the log of the density of all that each run draws."""
     if seed is not None:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
@@ -213,7 +255,7 @@ def _many(run: Callable[[], Trace], sites: list[str], draws: int, seed: int | No
     return thetas, torch.stack([_log_prob(each, sites) for each in traces])
 
 
-def _log_prob(trace: Trace, sites: list[str]) -> Tensor:
+def _log_prob(trace: Trace, sites: Sequence[str]) -> Tensor:
     """Return the log density of the noise that a guide draws, without the scales of its sites.
 
     Given what else it draws, if the noise is drawn by statements of its own; of an autoguide, which draws elsewhere and

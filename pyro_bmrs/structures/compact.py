@@ -13,6 +13,7 @@ from pyro_bmrs.structures.masks import check_masks
 from pyro_bmrs.structures.points import Attachment, noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
+from pyro_bmrs.structures.sampled_weights import fix_sampled_weights, sampled_weights
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.structures.trial import Bench
 
@@ -52,6 +53,7 @@ def compact(
     Raises:
         TypeError: If ``model``, ``guide`` or ``masks`` is something else.
         ValueError: If the guide is another model's, or a mask does not fit.
+        NotImplementedError: If the network draws another latent site in its forward pass.
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
     """
     guide = noise_posterior(model, guide, example_input)
@@ -60,8 +62,10 @@ def compact(
     masks = check_masks(masks, model.noise, model.sizes)
     structures = structures_of(model.net, example_input) if structures is None else structures
     record = structures.record
-    values = {site: mean.detach() * masks[site] for site, mean in guide.mean().items()}
+    points = {site: point.detach() for site, point in guide.points().items()}
+    values = {site: points.pop(site) * masks[site] for site in masks}
     net = plain_copy(model.net)
+    _fix_latents(net, points)
     with undisturbed(net):
         smaller = cut(fixed_copy(net, record, values), record, masks, values)
         _check(net, record, masks, values, example_input)
@@ -80,6 +84,21 @@ def plain_copy(net: nn.Module) -> nn.Module:
         return copied(net)
     copy = copied(net)
     return copy.detach_hooks(copy.net)
+
+
+def _fix_latents(net: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Make weights that have a prior parameters of these values, in place, and refuse any other latent site.
+
+    Raises:
+        NotImplementedError: If there is one.
+    """
+    for site in values:
+        if site not in sampled_weights(net):
+            raise NotImplementedError(
+                f"site {site!r} is drawn in the network's forward pass, which would go on drawing it from its prior: "
+                "make it an attribute of its PyroModule, PyroSample(prior), which can be fixed"
+            )
+    fix_sampled_weights(net, values)
 
 
 def _check(

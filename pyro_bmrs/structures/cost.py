@@ -18,6 +18,7 @@ from pyro_bmrs.structures.masks import check_mapping, check_masks
 from pyro_bmrs.structures.points import noise_points
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
+from pyro_bmrs.structures.sampled_weights import with_fixed_weights
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 
 __all__ = [
@@ -34,7 +35,8 @@ def count_parameters(
 ) -> int:
     """Return the number of parameters, of ``net`` as it is or as masks would leave it once it is compacted.
 
-    Tied parameters count once, frozen ones too. The posterior's own parameters are the guide's and do not count.
+    Tied parameters count once, frozen ones and weights with a prior too. The posterior's own parameters are the guide's
+    and do not count.
 
     Args:
         net: The network.
@@ -46,7 +48,7 @@ def count_parameters(
     """
     check_module("net", net)
     if structures is None or masks is None:
-        return sum(parameter.numel() for parameter in net.parameters())
+        return sum(parameter.numel() for parameter in with_fixed_weights(net).parameters())
     record, masks = _masked(net, structures, masks)
     return record.count_parameters(record.dead(masks))
 
@@ -72,7 +74,7 @@ def count_flops(
         ValueError: If a mask does not fit.
     """
     check_module("net", net)
-    plain = plain_copy(net).requires_grad_(False).eval()
+    plain = with_fixed_weights(plain_copy(net)).requires_grad_(False).eval()
     with undisturbed(plain):
         if structures is not None and masks is not None:
             record, masks = _masked(net, structures, masks)

@@ -15,6 +15,7 @@ from pyro_bmrs.structures.points import NoisePoint, noise_points, replace_everyw
 from pyro_bmrs.structures.reading import Reading
 from pyro_bmrs.structures.removal import adopt_attention
 from pyro_bmrs.structures.rules import RULES
+from pyro_bmrs.structures.sampled_weights import fix_sampled_weights
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.structures.tracer import Tracer
 from pyro_bmrs.structures.trial import Bench, proved
@@ -83,6 +84,8 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
     if not all(isinstance(name, str) for name in check_list("outputs", outputs, "names of modules")):
         raise TypeError(f"outputs must be a sequence of names of modules, but got {outputs!r}")
     net = copied(net).eval()
+    with undisturbed(net):
+        fix_sampled_weights(net)
     example_inputs = to_network(example_inputs, net)
     adopt_attention(net)
     points = noise_points(net)

@@ -70,6 +70,10 @@ class NoisePosterior:
         """Return the posterior mean of each site's noise, of shape ``(size,)``."""
         return {site: posterior.mean for site, posterior in self.posterior().items()}
 
+    def points(self) -> dict[str, Tensor]:
+        """Return the mean of each site's noise, and a value of each other latent site that the guide has."""
+        return self.mean()
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Split ``(..., structures)`` into one ``(..., size)`` per site."""
         return dict(zip(self.sizes, flat.split(list(self.sizes.values()), dim=-1), strict=True))
@@ -79,7 +83,10 @@ class NoisePosterior:
         return {site: posterior.rsample(sample_shape) for site, posterior in self.posterior().items()}
 
     def draw_with_log_prob(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Return draws, of shape ``(draws, size)`` for each site, and the log of their joint density, ``(draws,)``."""
+        """Return draws of every latent site, and the log of their joint density, of shape ``(draws,)``.
+
+        Those of noise are of shape ``(draws, size)``; of other latent sites, if the guide has any, ``(draws, ...)``.
+        """
         thetas = self.draw((draws,))
         posteriors = self.posterior().items()
         return thetas, sum_of(posterior.log_prob(thetas[site]).double().sum(-1) for site, posterior in posteriors)

@@ -53,7 +53,8 @@ def shrink(model: "NoisyNetwork", guide: "FlatGuide", optimizer: Optimizer, exam
 
     Raises:
         TypeError: If ``model``, ``guide`` or ``optimizer`` is something else.
-        ValueError: If the guide is another model's, or the optimiser remembers something else.
+        ValueError: If the guide is another model's or has other latent sites, or the optimiser remembers something
+            else.
         RuntimeError: If a copy, cut first, has other outputs than the masked network. Nothing has been changed then.
 
     Example:
@@ -70,6 +71,8 @@ def shrink(model: "NoisyNetwork", guide: "FlatGuide", optimizer: Optimizer, exam
     check_pair(model, guide)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {described(optimizer)}")
+    if guide.latents is not None:
+        raise ValueError("shrink is for noise alone, but the guide has other latent sites: compact in the end instead")
     if bool(guide.keep.all()):
         return {site: torch.arange(size) for site, size in model.sizes.items()}
     return shrink_known(model, guide, optimizer, example_input, structures_of(model.net, example_input))[0]

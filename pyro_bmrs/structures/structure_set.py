@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyro_bmrs.checks import described
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Reader, Record, Slot, positions, renumbered
+from pyro_bmrs.structures.sampled_weights import with_fixed_weights
 
 __all__ = ["Kind", "Structure", "StructureSet"]
 
@@ -170,7 +171,7 @@ def check_structures(net: nn.Module, structures: StructureSet) -> None:
     """
     if not isinstance(structures, StructureSet):
         raise TypeError(f"structures must be what find_structures returned, but got {described(structures)}")
-    own = net.net if isinstance(net, Attachment) else net
+    own = with_fixed_weights(net.net if isinstance(net, Attachment) else net)
     shapes = {name: tuple(tensor.shape) for name, tensor in (*own.named_parameters(), *own.named_buffers())}
     for (name, d), axis in structures.record.slots.items():
         found = shapes.get(name)

@@ -13,6 +13,7 @@ from pyro_bmrs.structures.equality import difference
 from pyro_bmrs.structures.inputs import Inputs, call, output_tensors, random_like, to_network
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
+from pyro_bmrs.structures.sampled_weights import fix_sampled_weights
 from pyro_bmrs.structures.structure_set import StructureSet
 
 __all__ = ["Bench", "proved", "randomise_trivial"]
@@ -67,6 +68,9 @@ class Bench:
         if trials is None:
             trials = _TRIALS if sum(each.numel() for each in net.parameters()) < _SMALL else _TRIALS_OF_LARGE
         generator = torch.Generator().manual_seed(0)
+        net = copied(net)
+        with undisturbed(net):
+            fix_sampled_weights(net)
         copy, tolerance = copied(net).eval().double(), LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE
         if not _runs(copy, example_inputs):  # it is written for another dtype
             copy, tolerance = copied(net).eval(), LOW_PRECISION_TOLERANCE

@@ -74,11 +74,13 @@ class MeanFieldELBO(TraceMeanField_ELBO):
             draws, kl = guide.draw_and_kl(batch_size(args[0] if args else kwargs["x"]))
         else:
             draws, kl = self._draw(model, guide, *args, **kwargs), guide.kl()
-        first = self._log_likelihood(draws, model, *args, **kwargs)
+        first, kl_of_others = self._one_draw(draws, model, guide, *args, **kwargs)
         if self.num_particles == 1:
-            return kl, first
-        others = [self._draw(model, guide, *args, **kwargs) for _ in range(self.num_particles - 1)]
-        return kl, torch.stack([first, *(self._log_likelihood(each, model, *args, **kwargs) for each in others)]).mean()
+            return kl + kl_of_others, first
+        more = [self._draw(model, guide, *args, **kwargs) for _ in range(self.num_particles - 1)]
+        each = [(first, kl_of_others), *(self._one_draw(draws, model, guide, *args, **kwargs) for draws in more)]
+        log_likelihoods, kls = zip(*each, strict=True)
+        return kl + sum(kls) / self.num_particles, torch.stack(log_likelihoods).mean()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Accumulate gradients and return the loss; this is what ``SVI.step`` calls."""
@@ -97,10 +99,15 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def _log_likelihood(self, draws: dict[str, Tensor], model: NoisyNetwork, *args: Any, **kwargs: Any) -> Tensor:
+    def _one_draw(
+        self, draws: dict[str, Tensor], model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Return the log likelihood under a draw of the noise, and log(q / p) of one of the other latent sites."""
+        others = None if guide.latents is None else guide.latents.draw(*args, **kwargs)
+        noise = draws if others is None else {**draws, **others.values}
         with ObservedLogProb() as observed:
-            log_likelihood = model.log_likelihood(*args, **{**kwargs, "noise": draws})
-        return log_likelihood + observed.total
+            log_likelihood = model.log_likelihood(*args, **{**kwargs, "noise": noise})
+        return log_likelihood + observed.total, 0.0 if others is None else others.log_prob - observed.of_latents
 
     def _draw(self, model: NoisyNetwork, guide: FlatGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.granularity == "batch":
@@ -143,23 +150,33 @@ def check_lean(model: NoisyNetwork, guide: FlatGuide) -> None:
 
 
 class ObservedLogProb(Messenger):
-    """Sum the log probabilities of what else is observed, and refuse latent sites that the guide does not know."""
+    """Sum the log probabilities of what else is observed, and refuse latent sites that the guide does not know.
+
+    Attributes:
+        total: Of what is observed.
+        of_latents: Of other latent sites, whose values have been given.
+    """
 
     def __enter__(self) -> "ObservedLogProb":
         self.total: Any = 0.0
+        self.of_latents: Any = 0.0
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
         if not (msg["is_observed"] or msg["done"] or site_is_subsample(msg)):
             raise ValueError(
-                f"the model has a latent site {msg['name']!r} that is not a noise layer of this guide's; write a guide "
-                "with one sample statement for every latent site"
+                f"the model has a latent site {msg['name']!r} that is not a noise layer of this guide's; add a guide "
+                "for it, guide.add_latents(AutoNormal)"
             )
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
         if msg["is_observed"]:
-            log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
-            self.total = self.total + log_prob.sum()
+            self.total = self.total + log_prob
+        else:
+            self.of_latents = self.of_latents + log_prob
 
 
 def _declare_parameters(module: PyroModule) -> None:

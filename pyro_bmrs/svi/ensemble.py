@@ -250,6 +250,10 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
         model, guide = made
         with _of_seed(seed):
             check_model_and_guide(model, guide)
+            if guide.latents is not None:
+                raise ValueError(
+                    "fit_ensemble is for noise alone, but the guide has other latent sites: fit one by one"
+                )
             check_dtypes(model, guide, "32-true")
         for parameter in (*model.parameters(), *guide.parameters()):
             if known.setdefault(id(parameter), seed) != seed:

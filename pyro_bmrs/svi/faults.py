@@ -46,6 +46,9 @@ def _non_finite_tensors(model: NoisyNetwork, guide: FlatGuide) -> list[str]:
     named: dict[str, Tensor] = {f"weight {name!r}": p for name, p in model.net.named_parameters()}
     for name, flat in guide.named_parameters():
         named.update({f"posterior {name} of site {site!r}": part for site, part in guide.split(flat).items()})
+    if guide.latents is not None:
+        others = guide.latents.module.named_parameters()
+        named.update({f"{name!r} of the guide of other latent sites": p for name, p in others})
     return [name for name, tensor in named.items() if not bool(torch.isfinite(tensor).all())]
 
 
@@ -61,7 +64,7 @@ def _first_non_finite_input(model: NoisyNetwork, guide: FlatGuide, x: Inputs) ->
                     found.append(site)
 
             hooks.callback(layer.register_forward_pre_hook(check).remove)
-        model.run(x, guide.mean())
+        model.run(x, guide.points())
     return f"the input of site {found[0]!r} is not finite" if found else "the likelihood itself is not finite"
 
 

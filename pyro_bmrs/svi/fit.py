@@ -163,7 +163,7 @@ def fit(
     check_model_and_guide(model, guide)
     check_choices(criterion, pruning)
     _check_numbers(checkpoint_every, seed)
-    _check_switches(compile, progress, resume, folder, pruning)
+    _check_switches(compile, progress, resume, folder, pruning, guide.latents is not None)
     elbo = MeanFieldELBO(granularity)
     fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
     check_dtypes(model, guide, fabric.strategy.precision.precision)
@@ -190,7 +190,7 @@ def fit(
         }
         if run_folder is not None:
             settings |= problem_fingerprints(model, guide, criterion, data, held_out)
-        x, y = _on(data.first, model, guide.device)
+        x, y = _first_batch(data, model, guide)
         known = removable_structures(model.net, first_examples(x, 2), structures, unremovable)
         Pruner(model, guide, criterion, (x, y), known).check_criterion()
         shared = fabric.broadcast(int(torch.randint(2**31, ())) if seed is None else seed)
@@ -231,12 +231,18 @@ def _check_numbers(checkpoint_every: Any, seed: Any) -> None:
         check_seed("seed", seed)
 
 
-def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any) -> None:
+def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any, latents: bool) -> None:
     for name, flag in (("compile", compiled), ("progress", progress), ("resume", resume)):
         check_flag(name, flag)
     if resume and folder is None:
         raise ValueError("resume=True needs the folder whose checkpoint to go on from")
-    if compiled and isinstance(pruning, Continuous) and pruning.shrink:
+    shrinks = isinstance(pruning, Continuous) and pruning.shrink
+    if latents and (compiled or shrinks):
+        raise ValueError(
+            f"{'compile' if compiled else 'shrink'}=True is for noise alone, but the guide has other latent sites: "
+            "leave it out"
+        )
+    if compiled and shrinks:
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
 
 
@@ -276,6 +282,14 @@ def _check_fabric(fabric: Any) -> "Fabric":
     if fabric.world_size > 1 and not torch.distributed.is_initialized():
         raise ValueError(f"the Fabric of {fabric.world_size} processes is not launched: call fabric.launch() first")
     return fabric
+
+
+def _first_batch(data: Source, model: NoisyNetwork, guide: FlatGuide) -> Batch:
+    """Return the first batch on the guide's device, on which the guide of other latent sites has been run once."""
+    x, y = _on(data.first, model, guide.device)
+    if guide.latents is not None:
+        guide.latents.set_up(x, y)
+    return x, y
 
 
 def _on(batch: Batch, model: NoisyNetwork, device: torch.device) -> Batch:

@@ -27,6 +27,7 @@ class NoisyObjective(nn.Module):
     def __init__(self, model: NoisyNetwork, guide: FlatGuide, elbo: MeanFieldELBO) -> None:
         super().__init__()
         self.model, self.guide, self.elbo = model, guide, elbo
+        self.latents = None if guide.latents is None else guide.latents.module  # whose parameters are trained too
 
     def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
         r"""Return the loss of a batch, of shape ``()``.
@@ -46,7 +47,7 @@ class FixedNoiseObjective(nn.Module):
 
     Args:
         model: The model; its parameters are all that is trained.
-        values: For each site a tensor of shape ``(size,)``.
+        values: For each noise site a tensor of shape ``(size,)``, and a value of each other latent site.
     """
 
     def __init__(self, model: NoisyNetwork, values: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ def probe(model: NoisyNetwork, guide: FlatGuide, rows: tuple[Inputs, Tensor]) ->
     x, y = on_device(rows[0], guide.device, model.net), rows[1].to(guide.device)
     with undisturbed(model.net), evaluating(model):
         torch.manual_seed(0)  # for networks that draw random numbers even in eval mode
-        output = model.run(x, guide.mean())
+        output = model.run(x, guide.points())
         log_prob = model.likelihood(output).log_prob(y)
     outputs = {f"output.{i}": each.contiguous() for i, each in enumerate(output_tensors(output))}
     return {**outputs, "log_prob": log_prob}

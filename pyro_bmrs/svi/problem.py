@@ -30,6 +30,7 @@ def problem_fingerprints(
         "network": network_fingerprint(model.net),
         "likelihood": fingerprint(model.likelihood),
         "guide": f"{type(guide).__module__}.{type(guide).__qualname__}",
+        "latents": None if guide.latents is None else type(guide.latents.module).__qualname__,
         "priors": {name: fingerprint(each) for name, each in priors.items() if ".prior_" in name},
     }
 

@@ -189,6 +189,7 @@ class Run:
                 "fit": State(self.pruner.positions, of_fit),
                 "model": State(self.model.state_dict()),
                 "guide": State(self.guide.state_dict()),
+                "latents": State({} if self.guide.latents is None else self.guide.latents.module.state_dict()),
                 "trainer": self.trainer.state(),
                 "pruner": self.pruner.state(),
                 "history": self.history.state(),
@@ -222,7 +223,10 @@ class Run:
         if not (all(whole) and 0 <= position <= len(plan) and 0 <= step <= position * self.trainer.steps_per_epoch):
             raise ValueError(f"its position, epoch {position} and step {step}, is none of this fit")
         self.pruner.shrink_to(of_fit.tensors, self.trainer.optimizer)
-        for module, name in ((self.model, "model"), (self.guide, "guide")):
+        modules: list[tuple[torch.nn.Module, str]] = [(self.model, "model"), (self.guide, "guide")]
+        if self.guide.latents is not None:
+            modules.append((self.guide.latents.module, "latents"))
+        for module, name in modules:
             tensors = part(state, name).tensors
             for key, value in module.state_dict().items():
                 if key in tensors and tensors[key].dtype != value.dtype:

@@ -1,6 +1,7 @@
 """Epochs: of SVI with noise, and of the weights alone with every noise at its posterior mean."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,7 @@ class Trainer:
     def fine_tune_epoch(self) -> float:
         """Run one epoch of the weights alone and return the mean negative log likelihood, in nats per example."""
         if self._fixed_noise_step is None:
-            self._fixed_noise_step = self._prepare(FixedNoiseObjective(self.model, self.guide.mean()))
+            self._fixed_noise_step = self._prepare(FixedNoiseObjective(self.model, self.guide.points()))
         return self._epoch(self._fixed_noise_step)
 
     def network_changed(self) -> None:
@@ -109,7 +110,8 @@ class Trainer:
         return gathered.reshape(self.fabric.world_size, *tensor.shape)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        others = [] if self.guide.latents is None else self.guide.latents.module.parameters()
+        weights = [parameter for parameter in chain(self.model.parameters(), others) if parameter.requires_grad]
         captured = self.compile and self.fabric.device.type == "cuda"
         rates = [torch.tensor(rate, device=self.fabric.device) if captured else rate for rate in self._rates()]
         groups = [{"params": weights, "lr": rates[0]}, {"params": list(self.guide.parameters()), "lr": rates[1]}]

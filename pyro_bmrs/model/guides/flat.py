@@ -8,11 +8,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_bmrs.checks import check_integer, described
+from pyro_bmrs.model.guides.latents import LatentGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
@@ -74,6 +76,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
                     f"{names} ones; use another guide, or write one with one sample statement per site"
                 )
         self._sizes: dict[str, int] = model.sizes
+        self._latents: tuple[LatentGuide, ...] = ()  # a tuple, so that its parameters are not one per structure here
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too
         self._prior_groups = self._group_priors()
         self._known_weights = tuple(model.kl_weights.values())
@@ -88,6 +91,48 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     def sizes(self) -> dict[str, int]:
         """Number of structures of each site."""
         return self._sizes
+
+    @property
+    def latents(self) -> LatentGuide | None:
+        """The guide of the model's other latent sites, if it has been given one."""
+        return self._latents[0] if self._latents else None
+
+    def add_latents(self, guide: Any) -> "FlatGuide":
+        """Take a guide for the other latent sites of the model, and return this one.
+
+        Such sites are weights with a prior (``PyroSample``), or a layer's scale with a hyperprior, or any other
+        ``pyro.sample`` statement in the network. ``fit`` trains both guides, at the learning rate of the weights; the
+        KL of these sites is estimated by their draws, one per batch, and weighted by ``kl_weight`` as that of the noise
+        is. Without noise (while fine-tuning, and in ``predict`` and ``compact``) such a site is at its median, or its
+        mean where the guide does not say what that is.
+
+        Args:
+            guide: A class of Pyro's autoguides, which is then made of the model without its noise; or a guide that is a
+                module, for all other latent sites and no noise.
+
+        Raises:
+            TypeError: If it is neither.
+
+        Example:
+            >>> import pyro.distributions as dist
+            >>> from pyro.infer.autoguide import AutoNormal
+            >>> from pyro.nn import PyroModule, PyroSample
+            >>> layer = PyroModule[nn.Linear](4, 8)
+            >>> layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([8, 4]).to_event(2))
+            >>> model = bmrs.NoisyNetwork(nn.Sequential(layer, nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3)))
+            >>> guide = bmrs.TruncatedLogNormalGuide(model).add_latents(AutoNormal)
+            >>> data = torch.randn(32, 4), torch.arange(32) % 3
+            >>> _ = bmrs.fit(model, guide, data, epochs=2, fine_tune_epochs=1, criterion=None, progress=False)
+            >>> bmrs.compact(model, guide, None, data[0])[0].weight.shape
+            torch.Size([8, 4])
+        """
+        sites = list(self.sizes)
+        if isinstance(guide, type):
+            if not issubclass(guide, AutoGuide):
+                raise TypeError(f"guide must be an autoguide, for instance AutoNormal, but got {described(guide)}")
+            guide = guide(poutine.block(self.model, hide=sites))
+        self._latents = (LatentGuide(guide, sites),)
+        return self
 
     @abstractmethod
     def family(self, index: slice | Tensor = slice(None)) -> TorchDistribution:
@@ -112,6 +157,21 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
             posteriors[site] = self.family(slice(start, start + size))
             start += size
         return posteriors
+
+    def points(self) -> dict[str, Tensor]:
+        return self.mean() if self.latents is None else {**self.mean(), **self.latents.point()}
+
+    def draw_with_log_prob(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
+        thetas, log_q = super().draw_with_log_prob(draws)
+        if self.latents is None:
+            return thetas, log_q
+        others, log_prob = self.latents.draws(draws)
+        return {**thetas, **others}, log_q + log_prob
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FlatGuide":
+        for each in self._latents:
+            each.module._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the posterior mean of each site's noise, of shape ``(size,)``."""
@@ -241,7 +301,10 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
         return {name: torch.cat([getattr(priors[site], name) for site in members]) for name in kind.arg_constraints}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Make one sample site for each noise layer of the model; takes and ignores the model's arguments."""
+        """Make one sample site for each noise layer of the model, and run the guide of other latent sites.
+
+        Takes the model's arguments, and uses them only for the latter.
+        """
         check_not_vectorized()
         model = self._model[0]
         layers, values = model.noise, self.draw()
@@ -249,4 +312,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
             for site, posterior in self.posterior().items():
                 with poutine.scale(scale=model.kl_weights[site]):
                     pyro.sample(site, layers[site].site_distribution(posterior))
+        for each in self._latents:
+            with poutine.scale(scale=model.kl_weight):
+                values = {**values, **each.draw(*args, **kwargs).values}
         return values
