@@ -14,6 +14,8 @@ from pyro_bmrs.criteria import BMRS_N, Criterion
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import first_examples, on_device
 from pyro_bmrs.structures.refusal import Unremovable, removable_structures
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
@@ -23,7 +25,7 @@ from pyro_bmrs.svi.data.making import Data
 from pyro_bmrs.svi.data.source import Batch, Source
 from pyro_bmrs.svi.data.unpacking import Unpack
 from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric
-from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
+from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO, ObservedLogProb
 from pyro_bmrs.svi.isolation import isolated, local_seed
 from pyro_bmrs.svi.problem import problem_fingerprints
 from pyro_bmrs.svi.pruner import Pruner
@@ -285,10 +287,16 @@ def _check_fabric(fabric: Any) -> "Fabric":
 
 
 def _first_batch(data: Source, model: NoisyNetwork, guide: FlatGuide) -> Batch:
-    """Return the first batch on the guide's device, on which the guide of other latent sites has been run once."""
+    """Return the first batch on the guide's device.
+
+    The guide of other latent sites is run on it once, and the network: a latent site that no guide has is refused here.
+    """
     x, y = _on(data.first, model, guide.device)
     if guide.latents is not None:
         guide.latents.set_up(x, y)
+    points = guide.points()
+    with undisturbed(model.net), evaluating(model), ObservedLogProb():
+        model.run(first_examples(x, 2), points)
     return x, y
 
 

@@ -183,6 +183,7 @@ def test_what_cannot_be_is_said():
     model, guide = make()
     with pytest.raises(ValueError, match=r"latent site 'net.0.weight'.*guide.add_latents\(AutoNormal\)"):
         bmrs.fit(model, guide, (X, Y), **SHORT)
+    assert not model.fitted
     for wrong in (dist.Normal, lambda x, y: None, 3):
         with pytest.raises(TypeError, match="AutoNormal"):
             guide.add_latents(wrong)
