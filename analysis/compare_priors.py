@@ -118,21 +118,25 @@ def _begun(config: ComparePriors, output: Path) -> dict[str, Any]:
 
 
 def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Split) -> list[bmrs.Replica]:
-    """Return the fits of all seeds."""
+    """Return the fits of all seeds: at once, but one by one where there is more than noise."""
+    shared: dict[str, Any] = {
+        **{name: settings[name] for name in ("epochs", "batch_size", "lr", "posterior_lr")},
+        "fine_tune_epochs": _fine_tune_epochs(settings),
+        "device": "cpu",
+        "progress": False,
+    }
 
     def make() -> tuple[bmrs.NoisyNetwork, bmrs.FlatGuide]:
-        net = mlp(1024, hidden=100, layers=settings["layers"])
-        for name, module in list(net.named_modules()):
-            if isinstance(module, bmrs.MultiplicativeNoise):
-                net.set_submodule(name, bmrs.MultiplicativeNoise(module.size, noise.prior))
-        model = bmrs.NoisyNetwork(net, kl_weight=kl_weight)
-        return model, noise.guide(model)
+        return noise.model(mlp(1024, hidden=100, layers=settings["layers"]), kl_weight)
 
-    return bmrs.fit_ensemble(
-        make, split.train, seeds=settings["seeds"], epochs=settings["epochs"],
-        fine_tune_epochs=_fine_tune_epochs(settings), batch_size=settings["batch_size"], lr=settings["lr"],
-        posterior_lr=settings["posterior_lr"], device="cpu", progress=False,
-    )  # fmt: skip
+    if not noise.layer_scales:
+        return bmrs.fit_ensemble(make, split.train, seeds=settings["seeds"], **shared)
+    replicas = []
+    for seed in settings["seeds"]:
+        torch.manual_seed(seed)
+        model, guide = make()
+        replicas.append(bmrs.Replica(seed, model, guide, bmrs.fit(model, guide, split.train, seed=seed, **shared)))
+    return replicas
 
 
 def _fine_tune_epochs(settings: dict[str, Any]) -> int:

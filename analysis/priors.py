@@ -1,13 +1,16 @@
 r"""Priors on the noise to compare, and the families of posterior for them; hard concrete noise is here in full."""
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import Beta, Delta, Gamma, TorchDistribution
+from pyro.distributions import Beta, Delta, Gamma, LogNormal, TorchDistribution
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints, register_kl
 from torch.nn.functional import logsigmoid
@@ -15,7 +18,7 @@ from torch.nn.functional import logsigmoid
 import pyro_bmrs as bmrs
 from analysis.examples.your_own import GammaGuide
 
-__all__ = ["PRIORS", "HardConcrete", "HardConcreteGuide", "Noise"]
+__all__ = ["PRIORS", "HardConcrete", "HardConcreteGuide", "LayerScale", "Noise"]
 
 _TEMPERATURE, _STRETCH = 2 / 3, 0.1  # as Louizos et al. (2018) have them
 _EDGE = math.log((1 + _STRETCH) / _STRETCH)  # beyond it, on either side, the noise is 0 or 1
@@ -134,12 +137,47 @@ class HardConcreteGuide(bmrs.FlatGuide):
         return HardConcrete(self.location[index], validate_args=False)
 
 
+class LayerScale(PyroModule):
+    """Multiplies by a scale that all structures of a layer share; its logarithm has a standard normal prior."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = PyroSample(LogNormal(0.0, 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` times the scale."""
+        return x * self.scale
+
+
 @dataclass(frozen=True)
 class Noise:
-    """A prior on the noise of each structure, and the guide for it."""
+    """A prior on the noise of each structure, and the guide for it.
+
+    Attributes:
+        prior: The prior.
+        guide: The guide.
+        layer_scales: Whether each layer has a scale besides, with a posterior of its own: a hierarchical prior on what
+            a structure is multiplied by, the product of its layer's scale and its noise.
+    """
 
     prior: TorchDistribution
     guide: type[bmrs.FlatGuide] = bmrs.TruncatedLogNormalGuide
+    layer_scales: bool = False
+
+    def model(self, net: nn.Sequential, kl_weight: float) -> tuple[bmrs.NoisyNetwork, bmrs.FlatGuide]:
+        """Return a model of a network with noise layers, whose noise has this prior, and its guide."""
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for name, module in net.named_children():
+            if isinstance(module, bmrs.MultiplicativeNoise):
+                layers[name] = bmrs.MultiplicativeNoise(module.size, self.prior)
+                if self.layer_scales:
+                    layers[f"{name}_scale"] = LayerScale()
+            else:
+                layers[name] = module
+        kind = PyroModule[nn.Sequential] if self.layer_scales else nn.Sequential  # which names the scales' sites
+        model = bmrs.NoisyNetwork(kind(layers), kl_weight=kl_weight)
+        guide = self.guide(model)
+        return model, guide.add_latents(AutoNormal) if self.layer_scales else guide
 
 
 PRIORS: dict[str, Noise] = {
@@ -149,5 +187,6 @@ PRIORS: dict[str, Noise] = {
     "truncated log-normal, -10 and 10, up to 1": Noise(bmrs.TruncatedLogNormal(-10.0, 10.0, -20.0, 0.0)),
     "Beta(0.2, 0.2)": Noise(Beta(0.2, 0.2), bmrs.BetaGuide),
     "Gamma(0.2, 0.2)": Noise(Gamma(0.2, 0.2), GammaGuide),
+    "log-uniform, up to 1, times a scale per layer": Noise(bmrs.LogUniform(-20.0, 0.0), layer_scales=True),
     "hard concrete, 0 with probability 0.8": Noise(HardConcrete(-3.0), HardConcreteGuide),
 }
