@@ -14,17 +14,17 @@ from pyro_bmrs.bmr import evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.criteria import BMRS_N, BMRS_U
 from pyro_bmrs.inspection.draws import each_draw, log_prior, on_host
+from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.structures.any_guide import known_posterior, noise_posterior
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
+from pyro_bmrs.svi.importance import FEWEST_RATIOS, log_prior_ratios
 from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["to_arviz"]
-
-_FEWEST_RATIOS = 25  # that a tail can be fitted to
 
 Groups = dict[str, dict[str, "np.ndarray[Any, Any]"]]
 
@@ -114,8 +114,8 @@ def to_arviz(
         extra = groups["observed_data"]["obs"].ndim - 1
         dims["obs"] = ["example", *(f"obs_dim_{i}" for i in range(extra))]
     attributes = _attributes(model, draws, seed)
-    if source is not None and draws >= _FEWEST_RATIOS and set(model.kl_weights.values()) == {1.0}:
-        attributes["pareto_k"] = float(pareto_k(_log_ratios(model, groups))[0])
+    if source is not None and draws >= FEWEST_RATIOS and set(model.kl_weights.values()) == {1.0}:
+        attributes["pareto_k"] = float(pareto_k(_log_ratios(model, guide, thetas, groups))[0])
     return from_dict(groups, structures, dims, attributes)
 
 
@@ -176,9 +176,16 @@ def _predictions(
     }
 
 
-def _log_ratios(model: NoisyNetwork, groups: Groups) -> "np.ndarray[Any, Any]":
-    """Return the log of target over posterior of each draw, ``(1, draws)``; the weight of the KL tempers the data."""
+def _log_ratios(
+    model: NoisyNetwork, guide: NoisePosterior, thetas: Mapping[str, Tensor], groups: Groups
+) -> "np.ndarray[Any, Any]":
+    """Return the log of target over posterior of each draw, ``(1, draws)``; the weight of the KL tempers the data.
+
+    Removed structures count only where the posterior of the others is not known without them.
+    """
     log_likelihood = groups["log_likelihood"]["obs"].sum(-1, dtype=np.float64)
+    if isinstance(guide, FlatGuide) and guide.latents is None:
+        return log_likelihood / model.kl_weight + on_host(log_prior_ratios(guide, thetas))
     log_prior = groups["sample_stats"]["lp"] - log_likelihood
     return log_likelihood / model.kl_weight + log_prior - groups["sample_stats"]["log_q"]
 

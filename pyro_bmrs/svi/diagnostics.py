@@ -9,6 +9,9 @@ from torch import Tensor
 
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.svi.checkpoint import State
+from pyro_bmrs.svi.data.in_memory import InMemory
+from pyro_bmrs.svi.data.source import Source
+from pyro_bmrs.svi.importance import FEWEST_RATIOS, log_ratios
 from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["Diagnostics", "PosteriorWatch"]
@@ -16,6 +19,7 @@ __all__ = ["Diagnostics", "PosteriorWatch"]
 _HARDLY = 0.01  # of a parameter: what a few steps of Adam move it by
 _MOVES = 0.1  # less is no move, whatever it is a part of
 _DRAWS = 200
+_EPOCHS_PER_DRAW = 10 / 3  # a pass over the data without gradients takes a third of an epoch: all take a tenth of them
 _AT_ONCE = 20  # of them, so that a million structures have room
 
 BySite = dict[str, Tensor]
@@ -34,12 +38,26 @@ class Diagnostics:
         at_bound: bool; a parameter is at the end of the range that its guide keeps it in.
         overlap: Mass that posterior and prior have in common, from 0 to 1, of 200 draws; near 1, the data say nothing
             of the structure. NaN where it has been cut out by shrinking.
+        log_ratios: Logs of the importance ratios of 25 draws, of shape ``(25,)``: density of what the posterior
+            approximates, noise given the data, over its own. None where 25 passes over the data would take more than a
+            tenth of the fit (fewer than 84 epochs with noise), where data are loaded as they are used, there are other
+            latent sites, or sites differ in the weight of their KL.
     """
 
     unmoved: BySite
     moving: BySite
     at_bound: BySite
     overlap: BySite
+    log_ratios: Tensor | None = None
+
+    @property
+    def pareto_k(self) -> float | None:
+        """Pareto k-hat of the importance ratios: above 0.7 they cannot correct the posterior (Yao et al., 2018)."""
+        from pyro_bmrs._arviz import pareto_k  # noqa: PLC0415  (ArviZ takes as long to import as torch)
+
+        if self.log_ratios is None:
+            return None
+        return float(pareto_k((self.log_ratios - self.log_ratios.max()).unsqueeze(0).numpy())[0])
 
     def __str__(self) -> str:
         unmoved, moving, at_bound = (_counted(each) for each in (self.unmoved, self.moving, self.at_bound))
@@ -49,11 +67,12 @@ class Diagnostics:
             f"posterior at its initial value: {unmoved}\n"
             f"still moving at the end: {moving}; at a bound of its range: {at_bound}\n"
             f"more than half prior: {prior:,} of {len(overlap):,} structures (median overlap {_median(overlap):.2f})"
+            + ("" if self.log_ratios is None else f"; k-hat of importance ratios {self.pareto_k:.2f}")
         )
 
 
 class PosteriorWatch:
-    """Notes a guide's parameters before a fit, and when the last tenth of the epochs with noise begins.
+    """Notes a guide's parameters before a fit, and when the last tenth of the epochs with noise begins and ends.
 
     Args:
         guide: The guide.
@@ -64,18 +83,28 @@ class PosteriorWatch:
         self.guide = guide
         self._late = noisy_epochs - max(noisy_epochs // 10, 1)
         self._share = (noisy_epochs - self._late) / max(noisy_epochs, 1)
+        self._noisy_epochs = noisy_epochs
         self._start = _parameters(guide)
         self._before_last = self._start
+        self._log_ratios: Tensor | None = None
 
     def note(self, epoch: int) -> None:
         """Hear that an epoch with noise has ended, counted from 1."""
         if epoch == self._late:
             self._before_last = _parameters(self.guide)
 
+    def note_end(self, data: Source) -> None:
+        """Hear that the epochs with noise have ended: weights fit draws of the noise now, as they will not later."""
+        model, guide = self.guide.model, self.guide
+        simple = set(model.kl_weights.values()) == {1.0} and guide.latents is None and isinstance(data, InMemory)
+        if simple and self._noisy_epochs >= _EPOCHS_PER_DRAW * FEWEST_RATIOS:
+            self._log_ratios = log_ratios(model, guide, data).cpu()
+
     def state(self) -> State:
         """Return all that a resumed fit needs to know."""
         noted = {"start": self._start, "before_last": self._before_last}
-        return State({f"{when}.{name}": value for when, values in noted.items() for name, value in values.items()})
+        tensors = {f"{when}.{name}": value for when, values in noted.items() for name, value in values.items()}
+        return State(tensors if self._log_ratios is None else {**tensors, "log_ratios": self._log_ratios})
 
     def restore(self, state: State) -> None:
         """Take up what ``state`` returned.
@@ -91,6 +120,7 @@ class PosteriorWatch:
             {name: state.tensors[f"{when}.{name}"].to(value) for name, value in self._start.items()}
             for when in ("start", "before_last")
         )
+        self._log_ratios = state.tensors.get("log_ratios")
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
@@ -105,6 +135,7 @@ class PosteriorWatch:
             moving=self._by_site(moving),
             at_bound=self._by_site(bounds.any(0)),
             overlap=_overlap(self.guide),
+            log_ratios=self._log_ratios,
         )
 
     def _by_site(self, values: Tensor) -> BySite:

@@ -172,7 +172,7 @@ def fit_ensemble(
             model.fitted = True
         bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
         try:
-            _run(trainer, fits, pruning, bar)
+            _run(trainer, fits, pruning, source, bar)
         finally:
             trainer.stack.release()
         replicas = [_ended(seed, each, started) for seed, each in zip(seeds, fits, strict=True)]
@@ -296,7 +296,7 @@ class _Fit:
     watch: PosteriorWatch
 
 
-def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar: Callback) -> None:
+def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, source: Source, bar: Callback) -> None:
     """Run all epochs."""
     noisy_epochs, epochs = trainer.rates.noisy_epochs, trainer.rates.epochs
     for listener in (*(each.listener for each in fits), bar):
@@ -316,6 +316,7 @@ def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, bar
             records.append(each.history.record("noisy" if noisy else "fine-tune", loss, each.history.model.kl_weight))
             if epoch == noisy_epochs:
                 each.pruner.restore_removed()
+                each.watch.note_end(source)
             each.listener.on_epoch_end(records[-1])
         bar.on_epoch_end(_means(records))
 

@@ -175,6 +175,7 @@ class Run:
 
     def _end_noise(self) -> None:
         self.pruner.restore_removed()
+        self.watch.note_end(self.trainer.data)
         if isinstance(self.pruning, PostTraining):
             self.pruner.rank(self.pruning)
 

@@ -102,3 +102,27 @@ def test_replicas_have_theirs():
     replicas = bmrs.fit_ensemble(make, blobs(150), seeds=(0, 1), epochs=5, fine_tune_epochs=1, progress=False)
     for replica in replicas:
         assert replica.result.diagnostics.overlap.keys() == replica.model.sizes.keys()
+
+
+def test_importance_ratios_are_those_of_the_posterior_when_its_noise_ended(tmp_path):
+    result, guide = fitted(epochs=90, fine_tune_epochs=0)
+    data = bmrs.to_arviz(guide.model, guide, blobs(150), draws=25)
+    assert result.diagnostics.pareto_k == pytest.approx(data.attrs["pareto_k"], abs=1e-3)
+    assert f"k-hat of importance ratios {result.diagnostics.pareto_k:.2f}" in str(result.diagnostics)
+    tuned, _ = fitted(epochs=90, fine_tune_epochs=2, folder=tmp_path)
+    again, _ = fitted(epochs=90, fine_tune_epochs=2, folder=tmp_path, resume=True)
+    assert tuned.diagnostics.pareto_k == again.diagnostics.pareto_k
+    short, _ = fitted(epochs=30)
+    assert short.diagnostics.pareto_k is None
+    assert "k-hat" not in str(short.diagnostics)
+
+
+def test_removed_structures_do_not_count_in_importance_ratios():
+    """Whatever their posterior is."""
+    _, guide = fitted(epochs=40, fine_tune_epochs=0)
+    layer = next(iter(guide.noise.values()))
+    layer.remove(torch.arange(layer.size) < 3)
+    expected = bmrs.to_arviz(guide.model, guide, blobs(150), draws=30).attrs["pareto_k"]
+    with torch.no_grad():
+        guide.loc[:3] += 5.0
+    assert bmrs.to_arviz(guide.model, guide, blobs(150), draws=30).attrs["pareto_k"] == pytest.approx(expected)
