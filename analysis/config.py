@@ -56,6 +56,7 @@ class RunConfig:
         pixels: What black and white are to the network.
         best_of: Of how many epochs at the end that with the best validation accuracy counts; 0 is the last one.
         match_by: What a criterion that only ranks removes as many of as BMRS_N would.
+        log_high: Upper bound of the log-uniform prior on log(theta); the paper's is 0.
     """
 
     dataset: str
@@ -89,6 +90,7 @@ class RunConfig:
     best_of: int = 0
     kl_priced_at: tuple[int, ...] = ()
     match_by: Literal["parameters", "structures"] = "parameters"
+    log_high: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids

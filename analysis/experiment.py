@@ -14,6 +14,7 @@ from analysis.noisy_runs import execute_continuous, execute_post_training
 from analysis.peer_runs import execute_peer
 from analysis.run import compare, short_history
 from models import lenet5, lenet5_caffe, mlp
+from pyro_bmrs import LogUniform, MultiplicativeNoise
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.svi.devices import resolve_device
 
@@ -71,6 +72,16 @@ def _on_device(split: Split, device: torch.device) -> Split:
 
 
 def _build(config: RunConfig, images: Tensor) -> nn.Module:
+    """Return the network, with the noise's prior that the configuration names."""
+    net = _network(config, images)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, MultiplicativeNoise) and config.log_high:
+            prior = LogUniform(module.prior.log_low[0], torch.tensor(config.log_high))
+            net.set_submodule(name, MultiplicativeNoise(module.size, prior, module.dim))
+    return net
+
+
+def _network(config: RunConfig, images: Tensor) -> nn.Module:
     channels = images.shape[1]
     if config.network == "lenet5":
         return lenet5(channels, noise_before_pool=config.noise_before_pool)

@@ -216,6 +216,7 @@ def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
         "p2": None,
         "noise_before_pool": False,
         "match_by": "parameters",
+        "log_high": 0.0,
     }
 
 

@@ -100,6 +100,8 @@ class Study:
     prior_log_odds: float | None = None
     granularity: Granularity | None = None
     """How often noise is drawn, instead of the recipe's."""
+    log_high: float | None = None
+    """Upper bound of the prior on log(theta), instead of the recipe's."""
     pruning: Pruning | None = None
     ranking: Literal["layer", "network"] = "layer"
     """Of torch-pruning's peers: the same fraction of every layer goes, or all structures are ranked together."""
@@ -164,6 +166,7 @@ def configurations(study: Study) -> list[RunConfig]:
         "pixels",
         "prior_log_odds",
         "granularity",
+        "log_high",
         "pruning",
     )
     given = {name: getattr(study, name) for name in names if getattr(study, name) is not None}
