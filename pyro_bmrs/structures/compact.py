@@ -13,7 +13,7 @@ from pyro_bmrs.structures.masks import check_masks
 from pyro_bmrs.structures.points import Attachment, noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy, release_attention
-from pyro_bmrs.structures.sampled_weights import fix_sampled_weights, sampled_weights
+from pyro_bmrs.structures.sampled_weights import fix_sampled_weights, sampled_sites
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.structures.trial import Bench
 
@@ -93,7 +93,7 @@ def _fix_latents(net: nn.Module, values: Mapping[str, Tensor]) -> None:
         NotImplementedError: If there is one.
     """
     for site in values:
-        if site not in sampled_weights(net):
+        if site not in sampled_sites(net):
             raise NotImplementedError(
                 f"site {site!r} is drawn in the network's forward pass, which would go on drawing it from its prior: "
                 "make it an attribute of its PyroModule, PyroSample(prior), which can be fixed"

@@ -18,6 +18,7 @@ from pyro_bmrs.model.guides.latents import LatentGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
+from pyro_bmrs.structures.sampled_weights import sampled_sites
 
 __all__ = ["FlatGuide", "at_least_float32", "check_guide"]
 
@@ -131,7 +132,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
             if not issubclass(guide, AutoGuide):
                 raise TypeError(f"guide must be an autoguide, for instance AutoNormal, but got {described(guide)}")
             guide = guide(poutine.block(self.model, hide=sites))
-        self._latents = (LatentGuide(guide, sites),)
+        self._latents = (LatentGuide(guide, sites, sampled_sites(self.model.net)),)
         return self
 
     @abstractmethod

@@ -33,18 +33,19 @@ class LatentGuide:
     Args:
         guide: A guide that is a module: an autoguide, or a ``PyroModule`` with sample statements.
         noise: Names of the model's noise sites, which it must leave alone.
+        sampled: Names of the sites of the network's weights that have a prior.
 
     Raises:
         TypeError: If ``guide`` is no module.
     """
 
-    def __init__(self, guide: Any, noise: list[str]) -> None:
+    def __init__(self, guide: Any, noise: list[str], sampled: list[str]) -> None:
         if not isinstance(guide, nn.Module):
             raise TypeError(
                 "the guide of other latent sites must be a module, for instance AutoNormal or a PyroModule, whose "
                 f"parameters can be trained, but got {described(guide)}"
             )
-        self.module, self._noise = guide, noise
+        self.module, self._noise, self._sampled = guide, noise, sampled
         self._arguments: tuple[Any, ...] | None = None
 
     @property
@@ -59,6 +60,12 @@ class LatentGuide:
             ValueError: If it draws one of the noise sites too.
         """
         self._arguments = first_examples(x, 2), y[:2]
+        for site in self._sampled:
+            if self._sampled.count(site) > 1:
+                raise ValueError(
+                    f"several layers have weights that are the sample site {site!r}: put them into PyroModule modules, "
+                    "for instance PyroModule[nn.Sequential](...), and Pyro names each after its layer"
+                )
         with undisturbed(self.module):
             values = self.draw(*self._arguments).values
         for site in self._noise:

@@ -204,6 +204,23 @@ def test_what_cannot_be_is_said():
         bmrs.fit(model, guide.add_latents(AutoNormal(poutine.block(model, expose=[]))), (X, Y), **SHORT)
 
 
+def test_layers_of_plain_modules_go_by_their_attribute_and_two_of_one_name_are_refused():
+    torch.manual_seed(0)
+    layers = (bayesian_layer(), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    model = bmrs.NoisyNetwork(nn.Sequential(*layers))
+    guide = bmrs.TruncatedLogNormalGuide(model).add_latents(AutoNormal)
+    bmrs.fit(model, guide, (X, Y), **SHORT)
+    small = bmrs.compact(model, guide, {"2.theta": torch.arange(8) < 5}, X[:2])
+    assert torch.equal(small[0].weight, guide.latents.point()["weight"][:5])
+    two = nn.Sequential(
+        nn.Linear(4, 4), bayesian_layer(), nn.Linear(8, 4), bayesian_layer(), bmrs.MultiplicativeNoise(8)
+    )
+    model = bmrs.NoisyNetwork(nn.Sequential(two, nn.Linear(8, 2)))
+    guide = bmrs.TruncatedLogNormalGuide(model).add_latents(AutoNormal)
+    with pytest.raises(ValueError, match=r"sample site 'weight': put them into PyroModule modules"):
+        bmrs.fit(model, guide, (X, Y), **SHORT)
+
+
 def test_a_guide_with_other_sites_is_not_saved_in_part(tmp_path):
     _, guide, _ = fitted()
     with pytest.raises(ValueError, match=r"torch.save\(guide.latents.module.state_dict\(\)"):
