@@ -5,17 +5,13 @@ logit-normal on an interval. With :math:`\theta = T(\mu + \sigma z)`,
 
 .. math:: \Delta F = \log \int \mathcal{N}(z; 0, 1) \, \frac{\tilde p(T(\mu + \sigma z))}{p(T(\mu + \sigma z))} \, dz
 
-The integrand is positive and its logarithm smooth, so the region that matters is found by zooming in on the largest
-values, and a Gauss-Legendre rule there, with twice as many panels each time, until the result stands still. A reduced
-prior of several modes far narrower than the posterior may have one overlooked.
+Of a reduced prior of several modes far narrower than the posterior one may be overlooked.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
@@ -24,16 +20,11 @@ from torch.distributions.transforms import ComposeTransform
 
 from pyro_bmrs.bmr.registry import register_evidence_change
 from pyro_bmrs.bmr.savage_dickey import evidence_change_at_point
+from pyro_bmrs.numerics.integral import log_integral
 
 __all__: list[str] = []
 
-_FARTHEST = 1e5  # standard deviations
 _LARGEST = 1e100  # beyond it the densities of some distributions overflow
-_GRID = 257
-_NEGLIGIBLE = 45.0  # nats below the largest value of the integrand
-_ZOOMS = 60
-_PANELS = (16, 32, 64, 128, 256, 512, 1024)
-_TOLERANCE = 1e-10  # nats
 _SAME = 1e-6  # relative difference of bounds that are the same in float32
 
 register_evidence_change(TransformedDistribution, Distribution, Delta)(evidence_change_at_point)
@@ -52,7 +43,7 @@ def _evidence_change_transformed(q: TransformedDistribution, p: Distribution, re
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape, reduced.batch_shape)
     loc, scale = (each.double().expand(shape) for each in (base.loc, base.scale))
     p, reduced = _in_float64(p), _in_float64(reduced)
-    low, high = _open_support(transform, (p, reduced), shape)
+    low, high = _open_support(transform, (p, reduced), torch.full_like(loc, torch.inf))
 
     def theta(z: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(transform(loc + scale * z), low), high)
@@ -66,8 +57,12 @@ def _evidence_change_transformed(q: TransformedDistribution, p: Distribution, re
         known = (value.abs() < _LARGEST) & (value != 0) & (log_reduced > -torch.inf)
         return torch.where(known, log_reduced - log_p - 0.5 * (z * z + math.log(2 * math.pi)), -torch.inf)
 
-    result = _log_integral(log_integrand, start, end)
-    return result.to(base.loc.dtype)
+    try:
+        return log_integral(log_integrand, start, end).to(base.loc.dtype)
+    except ArithmeticError as error:
+        raise NotImplementedError(
+            f"{error}; sample it: estimate_evidence_change(posterior, prior, reduced_prior)"
+        ) from error
 
 
 def _in_float64(distribution: Any) -> Any:
@@ -101,15 +96,14 @@ def _bounds(distribution: Any) -> tuple[Tensor, Tensor]:
     return tuple(torch.as_tensor(each, dtype=torch.float64) for each in ends)  # type: ignore[return-value]
 
 
-def _open_support(transform: Any, priors: tuple[Any, Any], shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _open_support(transform: Any, priors: tuple[Any, Any], infinity: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest number inside the posterior's support: at a bound densities may end.
 
     A prior's bound that differs from the posterior's by rounding is the same. 0 stays, since the numbers above it are
     so many that what is rounded to it has underflowed.
     """
-    infinity = torch.full(shape, torch.inf, dtype=torch.float64)
     ends = torch.stack([transform(-infinity), transform(infinity)])
-    lows, highs = zip(*map(_bounds, priors), strict=True)
+    lows, highs = zip(*([end.to(infinity) for end in _bounds(each)] for each in priors), strict=True)
     return _inner(ends.amin(0), lows, infinity), -_inner(-ends.amax(0), [-high for high in highs], infinity)
 
 
@@ -126,7 +120,8 @@ def _limits(
 ) -> tuple[Tensor, Tensor]:
     """Return where, in standard deviations, the reduced prior begins and ends, if that is inside the support."""
     ends = []
-    for own, bound, beyond in zip(support, _bounds(reduced), (-torch.inf, torch.inf), strict=True):
+    bounds = [end.to(loc) for end in _bounds(reduced)]
+    for own, bound, beyond in zip(support, bounds, (-torch.inf, torch.inf), strict=True):
         inside = (bound > own) if beyond < 0 else (bound < own)
         somewhere = torch.where(inside, bound, transform(loc))
         ends.append(torch.where(inside, (transform.inv(somewhere) - loc) / scale, beyond * transform.sign))
@@ -140,53 +135,3 @@ def _check_support(q: Any, p: Any, theta: Callable[[Tensor], Tensor], loc: Tenso
                 f"the {type(q).__name__} posterior has mass outside the support of the {type(p).__name__} prior, where "
                 "no posterior can have any; give both one support"
             )
-
-
-def _log_integral(log_integrand: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return the log of the integral of each element from ``low`` to ``high``, which may be infinite."""
-    steps = torch.linspace(-1, 1, _GRID, dtype=torch.float64).reshape(-1, *(1,) * low.dim())
-    z = torch.sinh(math.asinh(_FARTHEST) * steps).clamp(low, high)
-    diverges = torch.zeros_like(low, dtype=torch.bool)
-    for zoom in range(_ZOOMS):
-        values = log_integrand(z)
-        top, at = values.max(0)
-        if zoom == 0:
-            known = (values > -torch.inf).int()
-            at_start = (at == known.argmax(0)) & low.isinf()
-            at_end = (at == _GRID - 1 - known.flip(0).argmax(0)) & high.isinf()
-            diverges = (top == torch.inf) | ((top > -torch.inf) & (at_start | at_end))
-        matters = values > top - _NEGLIGIBLE
-        begin = (matters.int().argmax(0) - 1).clamp_min(0)
-        end = (_GRID - matters.flip(0).int().argmax(0)).clamp_max(_GRID - 1)
-        a, b = (z.gather(0, each.unsqueeze(0))[0] for each in (begin, end))
-        z = a + (b - a) * (steps + 1) / 2
-        if bool((matters.sum(0) > _GRID // 3).all()):
-            break
-    nothing = top == -torch.inf
-    result = _composite(log_integrand, a, b, _PANELS[0])
-    settled = diverges | nothing
-    for panels in _PANELS[1:]:
-        before, result = result, _composite(log_integrand, a, b, panels)
-        if bool((settled | ((result - before).abs() <= _TOLERANCE * (1 + before.abs()))).all()):
-            return torch.where(diverges, torch.inf, torch.where(nothing, -torch.inf, result))
-    raise NotImplementedError(
-        "the evidence change cannot be integrated to 1e-10 nats: the densities are not smooth inside their supports; "
-        "sample it: estimate_evidence_change(posterior, prior, reduced_prior)"
-    )
-
-
-def _composite(log_integrand: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, panels: int) -> Tensor:
-    """Return the log of the integral by a Gauss-Legendre rule on each of ``panels`` panels."""
-    nodes, log_weights = (each.reshape(-1, *(1,) * a.dim()) for each in _gauss_legendre())
-    width = (b - a) / panels
-    total = torch.full_like(a, -torch.inf)
-    for panel in range(panels):
-        z = a + (panel + 0.5 + 0.5 * nodes) * width
-        total = torch.logaddexp(total, torch.logsumexp(log_integrand(z) + log_weights, 0))
-    return total + torch.log(width / 2)
-
-
-@cache
-def _gauss_legendre() -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.legendre.leggauss(16)
-    return torch.from_numpy(nodes), torch.from_numpy(np.log(weights))
