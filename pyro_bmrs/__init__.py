@@ -73,6 +73,7 @@ from pyro_bmrs.svi.diagnostics import Diagnostics
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
 from pyro_bmrs.svi.fit import fit
+from pyro_bmrs.svi.free_form import FreeFormCriterion, FreeFormEvidence, free_form_evidence
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
 
@@ -109,6 +110,8 @@ __all__ = [
     "FitResult",
     "FitWarning",
     "FlatGuide",
+    "FreeFormCriterion",
+    "FreeFormEvidence",
     "GradientWeightNorm",
     "HeadwiseAttention",
     "JSONLines",
@@ -153,6 +156,7 @@ __all__ = [
     "find_structures",
     "fit",
     "fit_ensemble",
+    "free_form_evidence",
     "greedy_search",
     "guide_to_arviz",
     "load",
