@@ -73,7 +73,7 @@ from pyro_bmrs.svi.diagnostics import Diagnostics
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
 from pyro_bmrs.svi.fit import fit
-from pyro_bmrs.svi.free_form import FreeFormCriterion, FreeFormEvidence, free_form_evidence
+from pyro_bmrs.svi.free_form import FreeFormCriterion, FreeFormEvidence, TrainingGradients, free_form_evidence
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
 
@@ -135,6 +135,7 @@ __all__ = [
     "Structure",
     "StructureSet",
     "ToSize",
+    "TrainingGradients",
     "Trajectories",
     "TruncatedLogNormal",
     "TruncatedLogNormalGuide",

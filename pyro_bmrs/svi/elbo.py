@@ -74,6 +74,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
             draws, kl = guide.draw_and_kl(batch_size(args[0] if args else kwargs["x"]))
         else:
             draws, kl = self._draw(model, guide, *args, **kwargs), guide.kl()
+        for listen in guide.listeners:
+            listen(draws)
         first, kl_of_others = self._one_draw(draws, model, guide, *args, **kwargs)
         if self.num_particles == 1:
             return kl + kl_of_others, first

@@ -250,7 +250,7 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
         model, guide = made
         with _of_seed(seed):
             check_model_and_guide(model, guide)
-            if guide.latents is not None:
+            if guide.latents is not None or guide.listeners:
                 raise ValueError(
                     "fit_ensemble is for noise alone, but the guide has other latent sites: fit one by one"
                 )

@@ -165,7 +165,7 @@ def fit(
     check_model_and_guide(model, guide)
     check_choices(criterion, pruning)
     _check_numbers(checkpoint_every, seed)
-    _check_switches(compile, progress, resume, folder, pruning, guide.latents is not None)
+    _check_switches(compile, progress, resume, folder, pruning, guide)
     elbo = MeanFieldELBO(granularity)
     fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
     check_dtypes(model, guide, fabric.strategy.precision.precision)
@@ -233,13 +233,15 @@ def _check_numbers(checkpoint_every: Any, seed: Any) -> None:
         check_seed("seed", seed)
 
 
-def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any, latents: bool) -> None:
+def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any, guide: FlatGuide) -> None:
     for name, flag in (("compile", compiled), ("progress", progress), ("resume", resume)):
         check_flag(name, flag)
     if resume and folder is None:
         raise ValueError("resume=True needs the folder whose checkpoint to go on from")
     shrinks = isinstance(pruning, Continuous) and pruning.shrink
-    if latents and (compiled or shrinks):
+    if compiled and guide.listeners:
+        raise ValueError("compile=True excludes listening to training's gradients: leave one of them out")
+    if guide.latents is not None and (compiled or shrinks):
         raise ValueError(
             f"{'compile' if compiled else 'shrink'}=True is for noise alone, but the guide has other latent sites: "
             "leave it out"

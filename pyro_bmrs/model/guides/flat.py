@@ -1,7 +1,7 @@
 """The variational posterior over all noise: one flat vector of each parameter."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -43,6 +43,9 @@ class _Checked(type(PyroModule)):  # type: ignore[misc]
         return guide
 
 
+Listener = Callable[[Mapping[str, Tensor]], None]
+
+
 class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     """Mean-field guide of one family for the noise of every structure, whatever the family.
 
@@ -77,6 +80,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
                     f"{names} ones; use another guide, or write one with one sample statement per site"
                 )
         self._sizes: dict[str, int] = model.sizes
+        self._listeners: list[Listener] = []
         self._latents: tuple[LatentGuide, ...] = ()  # a tuple, so that its parameters are not one per structure here
         self._model = (model,)  # a tuple, so that the model's parameters are not this module's too
         self._prior_groups = self._group_priors()
@@ -134,6 +138,11 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
             guide = guide(poutine.block(self.model, hide=sites))
         self._latents = (LatentGuide(guide, sites, sampled_sites(self.model.net)),)
         return self
+
+    @property
+    def listeners(self) -> list["Listener"]:
+        """What is called with the noise of every training step, by site, before the network runs with it."""
+        return self._listeners
 
     @abstractmethod
     def family(self, index: slice | Tensor = slice(None)) -> TorchDistribution:
