@@ -25,7 +25,7 @@ class RunConfig:
     Attributes:
         dataset: Its short name.
         network: ``"mlp"``, ``"mlp_inputs"`` (noise on the network's inputs too), ``"lenet5"`` or ``"lenet5_caffe"``.
-        method: One of ``METHODS``, or ``"BMRS_U-p1"`` of any p1, or one of ``PEERS``.
+        method: One of ``METHODS``, or ``"BMRS_U-p1"`` of any p1, ``"free_form"``, or one of ``PEERS``.
         recipe: Name of the recipe that the settings below started from.
         seed: Of initial weights, data order and noise.
         epochs: Epochs with noise; of the dense network and of peers all.

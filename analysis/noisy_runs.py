@@ -35,9 +35,10 @@ def execute_continuous(config: RunConfig, execution: Execution, net: nn.Module, 
     shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
     folder = work_folder(config, execution)
     best = BestEpoch({"model": model, "guide": guide}, config.best_of, folder)
+    gradients = bmrs.TrainingGradients(guide) if config.method == "free_form" else None
     result = _fit(config, execution, model, guide, split)(
         folder=folder,
-        criterion=criterion(config),
+        criterion=criterion(config, gradients),
         pruning=bmrs.Continuous(start=config.prune_from, stop=config.prune_until, shrink=shrink),
         epochs=config.epochs,
         fine_tune_epochs=config.fine_tune_epochs,
@@ -56,7 +57,7 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
     with only_here(shared_folder):
         trained = fit(folder=shared_folder, criterion=None, epochs=config.epochs, fine_tune_epochs=0)
     scores = _scores(model, guide, config, split)
-    chosen, judge = scores[config.method], criterion(config)
+    chosen, judge = scores[config.method], criterion(config, split.train)
     assert judge is not None
     line = (chosen >= 0).double().mean().item() if config.method.startswith(_OF_POSTERIORS) else None
     levels = LEVELS if line is None else tuple(sorted({*LEVELS, line}))
@@ -167,7 +168,7 @@ def _scores(
     context = bmrs.PruningContext(model.eval(), guide, bmrs.find_structures(model.net, x[:2]), x, y)
     scores = {}
     for method in dict.fromkeys((*METHODS[1:], config.method)):
-        judge = criterion(replace(config, method=method))
+        judge = criterion(replace(config, method=method), split.train)
         assert judge is not None, method
         scores[method] = torch.cat([score.detach() for score in judge.scores(context).values()])
     return scores

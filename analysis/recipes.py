@@ -9,7 +9,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from analysis.config import METHODS, PEERS, RecipeName, RunConfig
-from pyro_bmrs import BMRS_N, BMRS_U, SNR, Criterion, GradientWeightNorm, PosteriorMean, WeightNorm, bmrs_n_reference
+from pyro_bmrs import (
+    BMRS_N,
+    BMRS_U,
+    SNR,
+    Criterion,
+    FreeFormCriterion,
+    GradientWeightNorm,
+    PosteriorMean,
+    WeightNorm,
+    bmrs_n_reference,
+)
 
 __all__ = ["criterion", "dense_of", "make_config"]
 
@@ -60,6 +70,7 @@ class _Ours:
     kl_by_cost: bool = False
     kl_priced_at: tuple[int, ...] = ()
     pixels: tuple[float, float] = (0, 1)
+    log_high: float = 0.0
 
 
 # LeNet-5 learns CIFAR-10 better from pixels of mean 0 and variance 1; the deep tanh MLP worse.
@@ -98,7 +109,7 @@ def make_config(
     Args:
         dataset: Short name of the data set.
         network: Name of the network.
-        method: One of ``METHODS``, or ``"BMRS_U-p1"``; with the recipe ``"peers"`` one of ``PEERS``.
+        method: One of ``METHODS``, ``"BMRS_U-p1"`` or ``"free_form"``; with the recipe ``"peers"`` one of ``PEERS``.
         recipe: ``"paper"``, ``"ours"``, or ``"peers"``: as long a training as ours, without noise.
         seed: Of the run.
         pruning: When to remove.
@@ -146,7 +157,7 @@ def make_config(
     else:
         epochs, tuning = _given(epochs, ours.epochs), _given(fine_tune_epochs, ours.fine_tune_epochs)
         specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning)
-        own = ("kl_weight", "kl_by_cost", "kl_priced_at", "batch_size", "lr", "posterior_lr", "pixels")
+        own = ("kl_weight", "kl_by_cost", "kl_priced_at", "batch_size", "lr", "posterior_lr", "pixels", "log_high")
         specific |= {name: getattr(ours, name) for name in own}
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
@@ -182,7 +193,7 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dic
 
 def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
     """Return our other settings, written out so that an id does not change its meaning when a default does."""
-    judged = method in _RANKINGS or _EVIDENCE.fullmatch(method)
+    judged = method in (*_RANKINGS, "free_form") or _EVIDENCE.fullmatch(method)
     return {
         "epochs": epochs,
         "fine_tune_epochs": fine_tune_epochs,
@@ -220,8 +231,15 @@ def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def criterion(config: RunConfig) -> Criterion | None:
-    """Return the criterion that a configuration names; None for the dense network and for peers."""
+def criterion(config: RunConfig, gradients: Any = None) -> Criterion | None:
+    """Return the criterion that a configuration names; None for the dense network and for peers.
+
+    Args:
+        config: The configuration.
+        gradients: What free-form evidence is made of, see ``FreeFormCriterion``.
+    """
+    if config.method == "free_form":
+        return FreeFormCriterion(gradients, prior_log_odds=config.prior_log_odds)
     matched = BMRS_N(prior_log_odds=config.prior_log_odds)
     fixed: dict[str, Criterion | None] = {
         **dict.fromkeys(("none", *PEERS)),
@@ -237,7 +255,7 @@ def criterion(config: RunConfig) -> Criterion | None:
 
 
 def _check_method(method: str, recipe: str) -> None:
-    if method not in (*METHODS, *PEERS) and not _EVIDENCE.fullmatch(method):
+    if method not in (*METHODS, *PEERS, "free_form") and not _EVIDENCE.fullmatch(method):
         raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}, or BMRS_U-p1 of any p1")
     if (method in PEERS) != (recipe == "peers"):
         raise ValueError(f"{method!r} does not go with the recipe {recipe!r}; that of peers is of {', '.join(PEERS)}")

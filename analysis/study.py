@@ -77,8 +77,8 @@ class Study:
     networks: tuple[NetworkName, ...] = ()
     """mlp_inputs is the MLP with noise on its inputs too."""
     methods: tuple[str, ...] = ()
-    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient. Of the grid peers: tp_magnitude,
-    tp_taylor, tp_group_norm, scratch."""
+    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient, free_form. Of the grid peers:
+    tp_magnitude, tp_taylor, tp_group_norm, scratch."""
     seeds: tuple[int, ...] = ()
     recipes: Annotated[tuple[RecipeName, ...], tyro.conf.arg(aliases=["--recipe"])] = ()
     """paper: what its reference implementation does; ours: the library's defaults; peers: only of the grid peers."""

@@ -67,7 +67,8 @@ class FreeFormFactor:
 
     Attributes:
         delta_f: :math:`\Delta F` of removing each structure alone, in nats; >= 0 favours removal.
-        standard_error: Its standard error, in nats, of the gradients that were drawn.
+        standard_error: Its standard error, in nats, of the gradients that were drawn: half of what the evidence changes
+            by between one standard error of the curvature below and above, and the level's.
         slope: :math:`L'` at :math:`\theta = 0`, divided by :math:`\lambda`.
         curvature: :math:`L''`, divided by :math:`\lambda`.
         prior: The prior.
@@ -116,17 +117,19 @@ def free_form_factor(sums: GradientSums, prior: Any, num_data: int, kl_weight: f
         weight = spread / (spread + error + 1e-30)
         slope = weight * slope - (1 - weight) * guess
     scale = num_data / kl_weight
-    first, second = scale * (level - slope * mean), scale * slope
     low, high = prior.log_low.double(), prior.log_high.double()
 
-    def log_moment(order: int) -> Tensor:
+    def log_moment(slope: Tensor, order: int = 0) -> Tensor:
+        """Return the log of the prior mean of theta^order times the likelihood, for a parabola of this curvature."""
+        first, second = scale * (level - slope * mean), scale * slope
         return log_integral(lambda u: _log_integrand(u, first, second, prior) + order * u, low, high)
 
-    total, of_theta, of_square = (log_moment(order) for order in range(3))
+    total, step = log_moment(slope), (weight * error).sqrt()
     delta_f = torch.where(total.abs() < _NOTHING, torch.zeros_like(total), -total)
-    e1, e2 = torch.exp(of_theta - total), 0.5 * torch.exp(of_square - total)
-    standard_error = scale * torch.sqrt(noise * e1.square() + weight * error * (e2 - mean * e1).square())
-    return FreeFormFactor(delta_f, standard_error, first, second, prior)
+    of_level = scale * noise.sqrt() * torch.exp(log_moment(slope, 1) - total)
+    of_slope = (log_moment(slope + step) - log_moment(slope - step)) / 2
+    standard_error = torch.hypot(of_level, of_slope)
+    return FreeFormFactor(delta_f, standard_error, scale * (level - slope * mean), scale * slope, prior)
 
 
 def _log_integrand(u: Tensor, slope: Tensor, curvature: Tensor, prior: Any) -> Tensor:

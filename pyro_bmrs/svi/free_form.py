@@ -17,7 +17,7 @@ from pyro_bmrs.criteria.evidence import EvidenceCriterion
 from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.modes import evaluating
-from pyro_bmrs.structures.inputs import batch_size, on_device
+from pyro_bmrs.structures.inputs import Inputs, batch_size, on_device
 from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
@@ -146,6 +146,17 @@ def _antithetic(guide: FlatGuide, examples: int) -> list[Tensor]:
     return [posterior.rsample_at(each).detach() for each in (uniform, (1 - uniform).clamp_max(1 - 2**-24))]
 
 
+def curvature(model: NoisyNetwork, guide: FlatGuide, x: Inputs) -> GradientSums:
+    """Return the Gauss-Newton curvature of some inputs, at a draw for each, and no other sums."""
+    inputs = on_device(x, guide.device, model.net)
+    with evaluating(model), torch.enable_grad():
+        theta = _antithetic(guide, batch_size(inputs))[0].clone().requires_grad_()
+        observed = model.observed(model.run(inputs, guide.split(theta)), batch_size(inputs))
+        (score,) = torch.autograd.grad(_sampled_score(observed), theta)
+    nothing = torch.zeros(6, theta.shape[1], dtype=torch.float64, device=theta.device)
+    return GradientSums(nothing, nothing[0]).with_curvature(score)
+
+
 def _of_batch(model: NoisyNetwork, guide: FlatGuide, theta: Tensor, inputs: Any, y: Tensor) -> GradientSums:
     with torch.enable_grad():
         theta = theta.clone().requires_grad_()
@@ -169,7 +180,7 @@ def _sampled_score(observed: Any) -> Tensor:
 
 
 class TrainingGradients:
-    r"""Takes the sums of gradients from training's own backward passes, which cost nothing more.
+    r"""Takes the sums of gradients from training's own backward passes, which cost next to nothing more.
 
     It listens to the guide from its creation on: make it before ``fit``, and give it to ``FreeFormCriterion`` or ask it
     for ``evidence()``. Noise must have a draw for each example, or draws that examples share (``granularity`` of
@@ -188,7 +199,7 @@ class TrainingGradients:
         >>> data = torch.randn(50, 4), torch.arange(50) % 3
         >>> few = {"epochs": 3, "fine_tune_epochs": 0, "progress": False}
         >>> _ = bmrs.fit(model, guide, data, criterion=bmrs.FreeFormCriterion(gradients), **few)
-        >>> gradients.evidence().standard_error["2.theta"].shape
+        >>> gradients.evidence(data[0]).standard_error["2.theta"].shape
         torch.Size([8])
     """
 
@@ -208,8 +219,12 @@ class TrainingGradients:
         known = [each for each in (*self._passes, *now) if each.values.shape[1] == structures]
         return _added(known) if known else None
 
-    def evidence(self) -> FreeFormEvidence:
+    def evidence(self, x: Inputs) -> FreeFormEvidence:
         """Return the free-form evidence that the sums so far imply.
+
+        Args:
+            x: Inputs of a hundred training examples or more, for the Gauss-Newton curvature: gradients alone leave that
+                of a narrow posterior open.
 
         Raises:
             ValueError: If there are none: no step with noise has been taken.
@@ -217,6 +232,8 @@ class TrainingGradients:
         sums = self.sums
         if sums is None:
             raise ValueError("no gradients have been heard yet: train with noise first, not compiled")
+        with local_seed(0, [self.guide.device]):
+            sums = sums + curvature(self.guide.model, self.guide, x)
         return _evidence(self.guide, sums, self.examples)
 
     @property
@@ -304,7 +321,7 @@ class FreeFormCriterion(EvidenceCriterion):
         guide: Any = context.guide
         check_pair(context.model, guide)
         self._check_sites(list(guide.sizes))
-        sums, num_data = self._sums(context.model, guide)
+        sums, num_data = self._sums(context, guide)
         if sums is None:  # before the first step: nothing is known, and nothing goes
             return {site: torch.full((size,), -math.inf, device=guide.device) for site, size in guide.sizes.items()}
         factors = factors_of(guide, sums, num_data)
@@ -316,14 +333,17 @@ class FreeFormCriterion(EvidenceCriterion):
     def __deepcopy__(self, memo: Any) -> "FreeFormCriterion":
         return self  # it has no state, and its data may be large
 
-    def _sums(self, model: NoisyNetwork, guide: FlatGuide) -> tuple[GradientSums | None, int]:
+    def _sums(self, context: PruningContext, guide: FlatGuide) -> tuple[GradientSums | None, int]:
         """Return the sums of gradients, and the number of examples that the likelihood counts."""
+        model = context.model
         if isinstance(self.data, TrainingGradients):
             if self.data.guide is not guide:
                 raise ValueError("the TrainingGradients of FreeFormCriterion are of another guide than is fitted")
             if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise ValueError("TrainingGradients hear one process alone: give FreeFormCriterion the data")
-            return self.data.sums, self.data.examples
+            with local_seed(0, [guide.device]):
+                sums = self.data.sums
+                return sums and sums + curvature(model, guide, context.x), self.data.examples
         source = source_of(self.data, model, None)
         with local_seed(0, [guide.device]):
             return gradient_sums(model, guide, source, self.pairs), model.num_data or source.size
