@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_bmrs.numerics.integral import log_integral
 
-__all__ = ["FreeFormFactor", "GradientSums", "free_form_factor"]
+__all__ = ["FreeFormFactor", "GradientSums", "free_form_factor", "log_parabola_moment"]
 
 _TRUST = 0.25  # standard deviation of the curvature about minus the Gauss-Newton one, as a part of it
 _NOTHING = 1e-9  # nats, below which an evidence change is one of rounding: of a dead ReLU for one
@@ -117,12 +117,9 @@ def free_form_factor(sums: GradientSums, prior: Any, num_data: int, kl_weight: f
         weight = spread / (spread + error + 1e-30)
         slope = weight * slope - (1 - weight) * guess
     scale = num_data / kl_weight
-    low, high = prior.log_low.double(), prior.log_high.double()
 
     def log_moment(slope: Tensor, order: int = 0) -> Tensor:
-        """Return the log of the prior mean of theta^order times the likelihood, for a parabola of this curvature."""
-        first, second = scale * (level - slope * mean), scale * slope
-        return log_integral(lambda u: _log_integrand(u, first, second, prior) + order * u, low, high)
+        return log_parabola_moment(scale * (level - slope * mean), scale * slope, prior, order)
 
     total, step = log_moment(slope), (weight * error).sqrt()
     delta_f = torch.where(total.abs() < _NOTHING, torch.zeros_like(total), -total)
@@ -130,6 +127,19 @@ def free_form_factor(sums: GradientSums, prior: Any, num_data: int, kl_weight: f
     of_slope = (log_moment(slope + step) - log_moment(slope - step)) / 2
     standard_error = torch.hypot(of_level, of_slope)
     return FreeFormFactor(delta_f, standard_error, scale * (level - slope * mean), scale * slope, prior)
+
+
+def log_parabola_moment(slope: Tensor, curvature: Tensor, prior: Any, order: int = 0) -> Tensor:
+    r"""Return :math:`\log E_{p(\theta)} \, \theta^k e^{s \theta + c \theta^2 / 2}`; of order 0, minus the evidence.
+
+    Args:
+        slope: :math:`s`, of shape ``(structures,)``.
+        curvature: :math:`c`, likewise.
+        prior: As for ``free_form_factor``.
+        order: :math:`k`.
+    """
+    low, high = (each.double().expand(slope.shape) for each in (prior.log_low, prior.log_high))
+    return log_integral(lambda u: _log_integrand(u, slope, curvature, prior) + order * u, low, high)
 
 
 def _log_integrand(u: Tensor, slope: Tensor, curvature: Tensor, prior: Any) -> Tensor:
