@@ -137,9 +137,10 @@ def main(config: Quickstart) -> dict[str, object]:
         "seconds": result.seconds,
         "seconds_dense": dense_seconds,
     }
-    save_run(folder, results, model, guide, pruned)
+    free_form = bmrs.free_form_evidence(model, guide, split.train)
+    save_run(folder, results, model, guide, pruned, free_form)
     x, y = (part.to(device) for part in split.validation)
-    draw_figures(folder, model, guide, result.history, config.prior_log_odds, accuracy(outputs(dense, x), y))
+    draw_figures(folder, model, guide, result.history, config.prior_log_odds, accuracy(outputs(dense, x), y), free_form)
     print(f"\n{format_table(results)}\n\n{_where(folder)}\n{time.perf_counter() - started:.0f} s in all")
     return results
 

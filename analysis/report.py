@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ __all__ = ["Report", "main", "render"]
 _TITLES = {
     "history": "Training",
     "evidence": "Evidence by layer",
+    "network": "The network, by the evidence",
     "forest": "Posteriors of what is kept",
     "evidence_snr": "Evidence against signal-to-noise ratio",
     "reduction": "One structure that went, and one that stayed",
@@ -74,7 +76,18 @@ def render(run: Path) -> str:
         _table(("layer", "structures", "kept", "kept %"), _layers(results)),
         *_figures(run / "figures"),
         "<h2>Posterior</h2>",
-        _table(("layer", "structures", "mean of &theta;", "lowest &Delta;F, nats", "highest"), _posterior(run)),
+        _table(
+            (
+                "layer",
+                "structures",
+                "mean of &theta;",
+                "&Delta;F, nats: lowest",
+                "highest",
+                "of the free form: lowest",
+                "highest",
+            ),
+            _posterior(run),
+        ),
         "<h2>Epochs</h2>",
         _table(("epoch", "phase", "loss", "KL, nats", "structures", "validation"), _epochs(metrics)),
         "<h2>Settings</h2>",
@@ -126,15 +139,15 @@ def _posterior(run: Path) -> Iterable[Sequence[str]]:
     sites = [name for name in data.posterior.data_vars if name.endswith(".theta")]
     for site in sites:
         mean = float(data.constant_data[f"{site}.mean"].mean())
-        delta_f = data.constant_data[f"{site}.delta_f_BMRS_N"].values
-        size = data.posterior[site].shape[-1]
-        yield (
-            str(site).removesuffix(".theta").removesuffix("_noise"),
-            str(size),
-            f"{mean:.3f}",
-            f"{delta_f.min():.2f}",
-            f"{delta_f.max():.2f}",
-        )
+        name, size = str(site).removesuffix(".theta").removesuffix("_noise"), data.posterior[site].shape[-1]
+        found = [data.constant_data.get(f"{site}.delta_f_{kind}") for kind in ("BMRS_N", "free_form")]
+        yield name, str(size), f"{mean:.3f}", *(cell for each in found for cell in _range(each))
+
+
+def _range(values: Any) -> tuple[str, str]:
+    """Return the lowest and the highest of the values that are known."""
+    known = [] if values is None else [each for each in values.values.tolist() if not math.isnan(each)]
+    return (f"{min(known):.2f}", f"{max(known):.2f}") if known else ("", "")
 
 
 def _epochs(metrics: Sequence[Mapping[str, Any]]) -> Iterable[Sequence[str]]:

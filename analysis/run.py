@@ -89,12 +89,13 @@ def save_run(
     model: bmrs.NoisyNetwork,
     guide: bmrs.TruncatedLogNormalGuide,
     pruned: nn.Module,
+    free_form: bmrs.FreeFormEvidence | None = None,
 ) -> None:
     """Write results, posterior, checkpoint and the pruned network into the run folder, the results last."""
     bmrs.save(model, folder / "checkpoint" / "model")
     bmrs.save(guide, folder / "checkpoint" / "guide")
     bmrs.save(pruned, folder / "pruned")
-    bmrs.to_arviz(guide).to_netcdf(folder / "posterior.nc", engine="h5netcdf")
+    bmrs.to_arviz(guide, free_form=free_form).to_netcdf(folder / "posterior.nc", engine="h5netcdf")
     write_json(folder / "results.json", results)
 
 
@@ -105,8 +106,9 @@ def draw_figures(
     history: list[dict[str, Any]],
     prior_log_odds: float,
     dense: float | None = None,
+    free_form: bmrs.FreeFormEvidence | None = None,
 ) -> list[Path]:
-    """Draw the five figures of a run into ``folder/figures`` and return their paths.
+    """Draw the six figures of a run into ``folder/figures`` and return their paths.
 
     ``dense`` is the dense network's validation accuracy.
     """
@@ -118,7 +120,8 @@ def draw_figures(
     figures = {
         "reduction": lambda: _draw_reductions(model, guide, delta_f, masks),
         "forest": lambda: bmrs.plot_forest(guide),
-        "evidence": lambda: bmrs.plot_evidence(delta_f, masks, prior_log_odds),
+        "evidence": lambda: bmrs.plot_evidence(delta_f, masks, prior_log_odds, free_form=free_form),
+        "network": lambda: bmrs.plot_network(delta_f, masks, free_form=free_form),
         "evidence_snr": lambda: bmrs.plot_evidence_snr(delta_f, snr, prior_log_odds, masks=masks),
         "history": lambda: bmrs.plot_history(history, dense=dense),
     }

@@ -80,9 +80,16 @@ class FreeFormFactor:
     curvature: Tensor
     prior: Any
 
+    def structure(self, index: int) -> "FreeFormFactor":
+        """Return the factor of one structure, whose tensors are of shape ``()``."""
+        parameters = {name: getattr(self.prior, name).detach()[index] for name in self.prior.arg_constraints}
+        prior = type(self.prior)(**parameters, validate_args=False)
+        delta_f, error = self.delta_f[index], self.standard_error[index]
+        return FreeFormFactor(delta_f, error, self.slope[index], self.curvature[index], prior)
+
     def log_density(self, log_theta: Tensor) -> Tensor:
         r"""Return the log density of :math:`\log\theta` under the factor, of shape ``(*log_theta, structures)``."""
-        u = log_theta.double().unsqueeze(-1)
+        u = log_theta.double().reshape(*log_theta.shape, *(1,) * self.slope.dim()).to(self.slope.device)
         return _log_integrand(u, self.slope, self.curvature, self.prior) + self.delta_f
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.checks import described
+from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = [
     "BY_ODDS",
@@ -20,6 +21,7 @@ __all__ = [
     "REMOVED",
     "axes_of",
     "by_site",
+    "free_form_by_site",
     "layer_name",
     "legend",
     "log_quantiles",
@@ -58,6 +60,15 @@ def by_site(
                 f"original network, but is of shape {tuple(each.shape)}"
             )
     return {site: each.detach().cpu() for site, each in values.items()}
+
+
+def free_form_by_site(free_form: Any, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return free-form evidence and its standard errors by site, which must be those of ``like``, to draw."""
+    if not isinstance(free_form, FreeFormEvidence):
+        raise TypeError(f"free_form must be what free_form_evidence returned, but got {described(free_form)}")
+    named = {"delta_f": free_form.delta_f, "standard_error": free_form.standard_error}
+    delta_f, errors = (by_site(f"{name} of free_form", values, like) for name, values in named.items())
+    return delta_f, errors
 
 
 def layer_name(site: str) -> str:

@@ -21,6 +21,7 @@ from pyro_bmrs.structures.pair import NoisePosterior, check_model
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
+from pyro_bmrs.svi.free_form import FreeFormEvidence
 from pyro_bmrs.svi.importance import FEWEST_RATIOS, log_prior_ratios
 from pyro_bmrs.svi.isolation import local_seed
 
@@ -40,6 +41,7 @@ def to_arviz(
     seed: int = 0,
     *,
     unpack: Unpack | None = None,
+    free_form: FreeFormEvidence | None = None,
 ) -> Any:
     r"""Return a fitted posterior as ArviZ's InferenceData (0.x) or DataTree (1.x).
 
@@ -53,7 +55,7 @@ def to_arviz(
     - ``constant_data``, for each site and structure: ``.kept`` (1 or 0), ``.mean``, ``.snr`` (mean over standard
       deviation), ``.delta_f_BMRS_N``, ``.delta_f_BMRS_U_8`` and ``.delta_f_BMRS_U_4`` (in nats, >= 0 favours removal;
       where they are known for the prior), ``.odds`` (of absence, from BMRS_N and even prior odds), ``.original_index``
-      and ``.layer``.
+      and ``.layer``; with ``free_form`` its ``.delta_f_free_form`` and ``.delta_f_free_form_error``.
     - With ``data``: ``log_likelihood`` of every example, ``posterior_predictive``, ``observed_data``, each of ``obs``,
       of shape ``(1, draws, n, ...)``, and ``sample_stats``: ``lp``, the log of the joint density of data and noise, and
       ``log_q``, the posterior's. The network runs once per draw and batch, in eval mode.
@@ -72,10 +74,12 @@ def to_arviz(
             are streamed in batches.
         seed: Of the draws; the global random state is left alone.
         unpack: From a batch of ``data`` to inputs and observations, as for ``fit``.
+        free_form: What ``free_form_evidence`` found, to keep beside the criteria's.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If the guide is another model's, ``draws`` is not positive, or the network does not take ``data``.
+        ValueError: If the guide is another model's, ``draws`` is not positive, the network does not take ``data``, or
+            ``free_form`` is of another network.
 
     References:
         Yes, but Did It Work? Evaluating Variational Inference (Yao et al., 2018) https://arxiv.org/abs/1802.02538
@@ -98,7 +102,7 @@ def to_arviz(
         groups: Groups = {
             "posterior": {**_noise(thetas), **others},
             "prior": _noise(prior),
-            "constant_data": _constants(guide),
+            "constant_data": {**_constants(guide), **_free_form(guide, free_form)},
         }
         if source is not None:
             groups |= _predictions(model, guide, drawn, log_q, source)
@@ -154,6 +158,22 @@ def _constants(guide: NoisePosterior) -> dict[str, "np.ndarray[Any, Any]"]:
             if name == "BMRS_N":
                 found[f"{site}.odds"] = on_host(delta_f.double().clamp(max=700).exp())
     return found
+
+
+def _free_form(guide: NoisePosterior, found: FreeFormEvidence | None) -> dict[str, "np.ndarray[Any, Any]"]:
+    """Return free-form evidence and its standard errors of the structures that are physically there."""
+    if found is None:
+        return {}
+    named = {"delta_f_free_form": found.delta_f, "delta_f_free_form_error": found.standard_error}
+    sizes = {site: len(each) for site, each in found.delta_f.items()}
+    known = {site: layer.original_size for site, layer in guide.noise.items()}
+    if sizes != known:
+        raise ValueError(f"free_form is of structures {sizes}, but the network has {known}")
+    return {
+        f"{site}.{name}": on_host(values[site][layer.index.to(values[site].device)])
+        for name, values in named.items()
+        for site, layer in guide.noise.items()
+    }
 
 
 def _predictions(

@@ -19,6 +19,7 @@ from pyro_bmrs.inspection.drawing import (
     REMOVED,
     axes_of,
     by_site,
+    free_form_by_site,
     layer_name,
     legend,
     log_quantiles,
@@ -27,6 +28,7 @@ from pyro_bmrs.inspection.drawing import (
 from pyro_bmrs.inspection.evidence import evidence_changes
 from pyro_bmrs.inspection.trajectories import Trajectories
 from pyro_bmrs.structures.any_guide import known_posterior
+from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = ["plot_network", "plot_ridge", "plot_trajectories"]
 
@@ -101,7 +103,10 @@ def _smoothed(draws: Tensor, grid: Tensor) -> Tensor:
 
 
 def plot_network(
-    delta_f: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, ax: Axes | None = None
+    delta_f: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    ax: Axes | None = None,
+    free_form: FreeFormEvidence | None = None,
 ) -> Axes:
     r"""Draw a network as columns of cells: one column per layer, one cell per structure, coloured by :math:`\Delta F`.
 
@@ -112,15 +117,19 @@ def plot_network(
         delta_f: For each site a tensor of shape ``(size,)``, as from ``evidence_changes`` or ``FitResult.scores``.
         masks: For each site a bool tensor of shape ``(size,)``, True = kept.
         ax: Axes to draw on; new ones by default.
+        free_form: Free-form evidence of the same structures: the right half of each cell has its colour, and a dot
+            where it is within two standard errors of zero.
 
     Raises:
-        TypeError: If ``delta_f`` or ``masks`` does not map sites to tensors, or ``ax`` is no axes.
-        ValueError: If ``masks`` is not for the same sites and sizes.
+        TypeError: If ``delta_f`` or ``masks`` does not map sites to tensors, ``free_form`` is something else, or ``ax``
+            is no axes.
+        ValueError: If ``masks`` or ``free_form`` is not for the same sites and sizes.
     """
     values = by_site("delta_f", delta_f)
     kept = {site: torch.ones_like(each, dtype=torch.bool) for site, each in values.items()}
     if masks is not None:
         kept = by_site("masks", masks, values, torch.bool)
+    others = None if free_form is None else free_form_by_site(free_form, values)
     ax = axes_of(ax, figsize=(max(4.0, 0.9 * len(values) + 2), 5))
     finite = torch.cat([each[each.isfinite()].double() for each in values.values()])
     limit = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
@@ -128,17 +137,20 @@ def plot_network(
     for column, (site, each) in enumerate(values.items()):
         order = each.nan_to_num(-np.inf).argsort(descending=True)
         edges = np.linspace(0, 1, len(order) + 1)
-        cells = np.ma.masked_invalid(each[order].double().numpy()[:, None])
+        centres = (edges[:-1] + edges[1:]) / 2
+        shown = [each] if others is None else [each, others[0][site]]
         image = ax.pcolormesh(
-            [column - 0.4, column + 0.4],
+            np.linspace(column - 0.4, column + 0.4, len(shown) + 1),
             edges,
-            cells,
+            np.ma.masked_invalid(torch.stack([part[order].double() for part in shown], 1).numpy()),
             cmap="RdBu_r",
             norm=norm,
             edgecolors="white" if len(order) < _RIDGES else "none",
             linewidth=0.5,
         )
-        centres = (edges[:-1] + edges[1:]) / 2
+        if others is not None:
+            open_still = (others[0][site].abs() < 2 * others[1][site])[order].numpy()
+            ax.scatter(np.full(open_still.sum(), column + 0.2), centres[open_still], marker=".", s=6, color="black")
         gone = ~kept[site][order].numpy()
         ax.scatter(np.full(gone.sum(), column), centres[gone], marker="x", s=9, color="black", linewidth=0.6)
         ax.text(column, -0.02, f"{int(kept[site].sum())} of {len(order)}", ha="center", va="bottom", fontsize=7)

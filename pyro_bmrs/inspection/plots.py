@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.bmr import evidence_change
+from pyro_bmrs.bmr.free_form import FreeFormFactor
 from pyro_bmrs.bmr.registry import check_distributions
 from pyro_bmrs.checks import check_number, described
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
@@ -22,12 +23,14 @@ from pyro_bmrs.inspection.drawing import (
     REMOVED,
     axes_of,
     by_site,
+    free_form_by_site,
     layer_name,
     legend,
     log_quantiles,
     on_cpu,
 )
 from pyro_bmrs.structures.any_guide import known_posterior
+from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = ["plot_evidence", "plot_evidence_snr", "plot_forest", "plot_forests", "plot_history", "plot_reduction"]
 
@@ -42,6 +45,7 @@ def plot_reduction(
     reduced_prior: Distribution,
     ax: Axes | None = None,
     name: str = "",
+    free_form: FreeFormFactor | None = None,
 ) -> Axes:
     r"""Draw posterior, prior and reduced prior of one structure, and what the evidence says (the paper's figure 1).
 
@@ -51,9 +55,10 @@ def plot_reduction(
         reduced_prior: The prior that would remove the structure.
         ax: Axes to draw on; new ones by default.
         name: What to call the structure in the title.
+        free_form: Its free-form factor, ``FreeFormEvidence.factors[site].structure(i)``, to draw beside the posterior.
 
     Raises:
-        TypeError: If one of the three is no distribution, or ``ax`` no axes.
+        TypeError: If one of the three is no distribution, ``free_form`` is something else, or ``ax`` no axes.
         ValueError: If they are of more than one structure.
         NotImplementedError: If the prior is not on an interval of positive numbers, as a log-uniform one is.
     """
@@ -68,6 +73,8 @@ def plot_reduction(
                 f"plot_reduction draws densities of log(theta) between the bounds of LogUniform and TruncatedLogNormal "
                 f"distributions, but {argument} is {described(each)}"
             )
+    if not (free_form is None or isinstance(free_form, FreeFormFactor)):
+        raise TypeError(f"free_form must be the factor of one structure, but got {described(free_form)}")
     ax = axes_of(ax)
     posterior, prior, reduced_prior = (on_cpu(each) for each in (posterior, prior, reduced_prior))
     delta_f = float(evidence_change(posterior, prior, reduced_prior))
@@ -88,6 +95,10 @@ def plot_reduction(
         style = "--" if distribution is prior else "-"  # a posterior that has collapsed lies on it
         ax.plot(grid, density, color=colour, label=label, linewidth=1.8, linestyle=style)
         ax.fill_between(grid, 1e-12, density, color=colour, alpha=0.15, linewidth=0)
+    if free_form is not None:
+        density = free_form.log_density(grid).exp().cpu()
+        peak = max(peak, float(density.max()))
+        ax.plot(grid, density, color=BY_ODDS, linewidth=1.8, label="free-form factor")
     ax.set_yscale("log")
     ax.set_ylim(1e-4, 10 * peak)
     ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
@@ -95,6 +106,9 @@ def plot_reduction(
     ax.set_ylabel(r"density of $\log\,\theta$ (1/nat, log scale)")
     verdict = "favours" if delta_f >= 0 else "is hardly against" if delta_f > -_BARE_MENTION else "is against"
     title = rf"$\Delta F$ = {delta_f:.3g} nats: the evidence {verdict} removal"
+    if free_form is not None:
+        own = f"{float(free_form.delta_f):.3g} ± {float(free_form.standard_error):.1g}"
+        title += f"\nof the free form: {own} nats"
     ax.set_title(f"{name}\n{title}" if name else title, fontsize=10)
     ax.legend(frameon=False)
     return ax
@@ -193,6 +207,7 @@ def plot_evidence(
     masks: Mapping[str, Tensor] | None = None,
     prior_log_odds: float = 0.0,
     ax: Axes | None = None,
+    free_form: FreeFormEvidence | None = None,
 ) -> Axes:
     r"""Draw :math:`\Delta F` of every structure by layer, with the decision line.
 
@@ -205,6 +220,8 @@ def plot_evidence(
         masks: True = kept; by default what lies below the line.
         prior_log_odds: The criterion's; the line is at minus that.
         ax: Axes to draw on; new ones by default.
+        free_form: Free-form evidence of the same structures, to draw to the right of each layer's, with its standard
+            errors.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -222,6 +239,13 @@ def plot_evidence(
         jitter = generator.uniform(-0.3, 0.3, len(kept))
         colours = np.where(kept, KEPT, np.where(values.cpu().numpy() >= 0, REMOVED, BY_ODDS))
         ax.scatter(column + jitter, values.cpu(), c=colours, s=12, alpha=0.7, linewidth=0)
+        if free_form is not None:
+            own, errors = (each[site] for each in free_form_by_site(free_form, delta_f))
+            known = own.isfinite()
+            place = column + 0.42 + 0.16 * (jitter[known.numpy()] + 0.3) / 0.6
+            ax.errorbar(
+                place, own[known], errors[known], fmt=".", markersize=3, elinewidth=0.6, alpha=0.6, color=NEUTRAL
+            )
     ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
     ax.axhline(0, color="0.7", linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1)
@@ -231,6 +255,8 @@ def plot_evidence(
     ax.set_xlabel("layer, one point per structure")
     ax.set_ylabel(_DELTA_F)
     causes = {"kept": KEPT, "removed by the evidence": REMOVED, "removed by the prior odds": BY_ODDS}
+    if free_form is not None:
+        causes["free form, with standard errors"] = NEUTRAL
     legend(ax, causes, line=f"decision line, {-prior_log_odds:.2g} nats")
     return ax
 

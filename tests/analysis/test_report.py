@@ -60,7 +60,7 @@ def test_the_page_says_what_the_run_came_to(run, capsys):
 def test_it_needs_no_scripts_and_no_network(run):
     page = Page(render(run[0]))
     assert "script" not in page.tags
-    assert page.tags.count("img") == 5
+    assert page.tags.count("img") == 6
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
 
 

@@ -1,7 +1,8 @@
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
-from nets import build
+from nets import blobs, build, small_classifier
 
 import pyro_bmrs as bmrs
 
@@ -118,3 +119,29 @@ def test_a_structure_is_named():
     ax = bmrs.plot_reduction(posterior, prior, bmrs.spike(prior), name="fc1, structure 3")
     assert ax.get_title().startswith("fc1, structure 3\n")
     assert "hardly against" in ax.get_title()
+
+
+def test_free_form_evidence_is_drawn_beside_the_criterions():
+    model, guide = small_classifier()
+    data = blobs(60)
+    free_form = bmrs.free_form_evidence(model, guide, data)
+    delta_f = bmrs.evidence_changes(guide)
+    ax = bmrs.plot_evidence(delta_f, free_form=free_form)
+    (bars,) = ax.containers
+    site = next(iter(delta_f))
+    drawn = np.sort(bars.lines[0].get_ydata())
+    np.testing.assert_allclose(drawn, np.sort(free_form.delta_f[site].numpy()), rtol=1e-6)
+    halves = bmrs.plot_network(delta_f, free_form=free_form).collections[0].get_array()
+    assert halves.shape == (len(delta_f[site]), 2)
+    np.testing.assert_allclose(np.sort(halves[:, 1]), drawn, rtol=1e-6)
+    posterior = guide.posterior()[site]
+    one = bmrs.TruncatedLogNormal(*(each[0].detach() for each in (posterior.loc, posterior.scale)), -20.0, 0.0)
+    prior, factor = bmrs.LogUniform(), free_form.factors[site].structure(0)
+    ax = bmrs.plot_reduction(one, prior, bmrs.spike(prior), free_form=factor)
+    assert [line.get_label() for line in ax.lines][-1] == "free-form factor"
+    assert "of the free form" in ax.get_title()
+    kept = bmrs.to_arviz(model, guide, draws=3, free_form=free_form).constant_data
+    np.testing.assert_allclose(kept[f"{site}.delta_f_free_form"].values, free_form.delta_f[site])
+    np.testing.assert_allclose(kept[f"{site}.delta_f_free_form_error"].values, free_form.standard_error[site])
+    with pytest.raises(TypeError, match="free_form must be what free_form_evidence returned"):
+        bmrs.plot_evidence(delta_f, free_form=delta_f)
