@@ -82,8 +82,15 @@ def legend(ax: Axes, colours: Mapping[str, str], line: str | None = None) -> Non
         ax.scatter([], [], color=colour, s=16, label=name)
     if line is not None:
         ax.plot([], [], color="black", linestyle="--", linewidth=1, label=line)
+    columns = 4 if len(colours) + (line is not None) <= 4 else 3
     ax.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, fontsize=8, columnspacing=1
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        borderaxespad=0.2,
+        fontsize=8,
+        columnspacing=1,
     )
 
 

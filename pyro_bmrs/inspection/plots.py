@@ -244,7 +244,14 @@ def plot_evidence(
             known = own.isfinite()
             place = column + 0.42 + 0.16 * (jitter[known.numpy()] + 0.3) / 0.6
             ax.errorbar(
-                place, own[known], errors[known], fmt=".", markersize=3, elinewidth=0.6, alpha=0.6, color=NEUTRAL
+                place,
+                own[known].numpy(),
+                errors[known].numpy(),
+                fmt=".",
+                markersize=3,
+                elinewidth=0.6,
+                alpha=0.6,
+                color=NEUTRAL,
             )
     ax.axhline(-prior_log_odds, color="black", linewidth=1, linestyle="--")
     ax.axhline(0, color="0.7", linewidth=0.8)
