@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 import pyro_bmrs as bmrs
+from analysis.evidence_figures import draw_pair
 from models import mlp
 from pyro_bmrs.bmr.free_form import log_parabola_moment
 from pyro_bmrs.model.noise import supply_noise
@@ -207,6 +208,9 @@ def _brute_forced(config: Any, kl_weight: float, x: Tensor, y: Tensor) -> dict[s
     predictions["free form, one pair"] = _timed(lambda: bmrs.free_form_evidence(model, guide, (x, y)))
     predictions["free form, five pairs"] = _timed(lambda: bmrs.free_form_evidence(model, guide, (x, y), pairs=5))
     predictions["free form, from training"] = _timed(lambda: gradients.evidence(x[:256]))
+    if kl_weight == config.kl_weights[0]:
+        evidence = bmrs.free_form_evidence(model, guide, (x, y), pairs=20)
+        draw_pair(guide, evidence, config.output / "one_goes_one_stays.png")
     first = _timed(lambda: _ByBruteForce(brute_force(model, guide, x, y, 2)))
     predictions["brute force, two draws"] = first
     return {

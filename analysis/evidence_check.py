@@ -52,7 +52,7 @@ class EvidenceCheck:
     seed: int = 0
     threads: int = 1
     output: Path = Path("analysis/results/evidence_check")
-    """Folder of check.json, check.md and the figures, which are replaced."""
+    """Folder of check.json, check.md and the three figures, which are replaced."""
 
 
 def main(config: EvidenceCheck) -> dict[str, Any]:

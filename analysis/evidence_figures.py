@@ -8,7 +8,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-__all__ = ["draw_evidence"]
+import pyro_bmrs as bmrs
+
+__all__ = ["draw_evidence", "draw_pair"]
 
 _SHOWN = ("BMRS_N", "BMRS_U(4, p2=None)", "free form", "free form, one pair", "free form, from training")
 _LINE = -math.log(3)
@@ -20,6 +22,30 @@ def draw_evidence(cases: list[dict[str, Any]], output: Path) -> None:
     for name, figure in (("predicted", _predicted(cases)), ("decisions", _decisions(cases))):
         figure.savefig(output / f"{name}.png", dpi=130)
         plt.close(figure)
+
+
+def draw_pair(guide: bmrs.FlatGuide, free_form: bmrs.FreeFormEvidence, path: Path) -> None:
+    """Draw posterior, free-form factor and prior of the clearest structure to go, and of one that stays.
+
+    Args:
+        guide: A fitted guide, none of whose structures has been removed.
+        free_form: Its free-form evidence.
+        path: File of the picture.
+    """
+    mpl.use("Agg")
+    site, delta_f = next(iter(free_form.delta_f.items()))
+    order = delta_f.argsort(descending=True).tolist()
+    posterior: Any = guide.posterior()[site]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for ax, index, verb in zip(axes, (order[0], order[3 * len(order) // 4]), ("goes", "stays"), strict=True):
+        parameters = {name: getattr(posterior, name).detach()[index] for name in posterior.arg_constraints}
+        own = bmrs.TruncatedLogNormal(**parameters)
+        prior = bmrs.LogUniform(own.log_low, own.log_high)
+        factor = free_form.factors[site].structure(index)
+        name = f"structure {index} of {site.removesuffix('_noise.theta')} {verb}"
+        bmrs.plot_reduction(own, prior, bmrs.spike(prior), ax, name, factor)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _predicted(cases: list[dict[str, Any]]) -> Any:

@@ -25,6 +25,7 @@ from pyro_bmrs.numerics.integral import log_integral
 __all__ = ["FreeFormFactor", "GradientSums", "free_form_factor", "log_parabola_moment"]
 
 _TRUST = 0.25  # standard deviation of the curvature about minus the Gauss-Newton one, as a part of it
+_ROUNDING = 1e-6  # of a prior's bounds in float32, beyond which its density is nil
 _NOTHING = 1e-9  # nats, below which an evidence change is one of rounding: of a dead ReLU for one
 
 
@@ -152,7 +153,7 @@ def log_parabola_moment(slope: Tensor, curvature: Tensor, prior: Any, order: int
 def _log_integrand(u: Tensor, slope: Tensor, curvature: Tensor, prior: Any) -> Tensor:
     r"""Return the log of the prior density of log(theta) times the likelihood, relative to that at 0."""
     theta = torch.exp(u)
-    bounds = prior.log_low.double().exp(), prior.log_high.double().exp()
-    inside = torch.minimum(torch.maximum(theta, bounds[0]), bounds[1])
+    low, high = prior.log_low.double().exp(), prior.log_high.double().exp()
+    inside = torch.minimum(torch.maximum(theta, low * (1 + _ROUNDING)), high * (1 - _ROUNDING))
     log_prior = prior.log_prob(inside).double() + inside.log()
     return slope * theta + 0.5 * curvature * theta.square() + log_prior

@@ -99,8 +99,11 @@ def plot_reduction(
         density = free_form.log_density(grid).exp().cpu()
         peak = max(peak, float(density.max()))
         ax.plot(grid, density, color=BY_ODDS, linewidth=1.8, label="free-form factor")
+    floor = 1e-4
+    if free_form is not None:  # down to where the factor levels off, near zero noise
+        floor = max(min(floor, 0.1 * float(density[0])), 1e-12)
     ax.set_yscale("log")
-    ax.set_ylim(1e-4, 10 * peak)
+    ax.set_ylim(floor, 10 * peak)
     ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     ax.set_xlabel(LOG_THETA)
     ax.set_ylabel(r"density of $\log\,\theta$ (1/nat, log scale)")

@@ -1,0 +1,34 @@
+import json
+import math
+
+import torch
+
+from analysis.evidence_cases import linear_case
+from analysis.evidence_check import EvidenceCheck, format_table, main
+
+
+def test_predictions_are_set_beside_the_truth(tmp_path):
+    config = EvidenceCheck(problems=5, networks=1, kl_weights=(1.0,), epochs=6, output=tmp_path / "out")
+    report = main(config)
+    assert json.loads((tmp_path / "out" / "check.json").read_text()) == report
+    assert (tmp_path / "out" / "check.md").read_text() == format_table(report) + "\n"
+    for picture in ("predicted", "decisions", "one_goes_one_stays"):
+        assert (tmp_path / "out" / f"{picture}.png").stat().st_size > 10_000
+    assert [case["part"] for case in report["cases"]] == ["linear", "refitted", "digits"]
+    for case in report["cases"]:
+        for prediction in case["predictions"].values():
+            assert len(prediction["values"]) == len(case["truth"])
+            assert all(map(math.isfinite, prediction["values"]))
+
+
+def test_the_formula_is_exact_where_the_posterior_is():
+    (case,) = linear_case(EvidenceCheck(problems=20))
+    truth = torch.tensor(case["truth"]).double()
+    exact, free, formula = (
+        torch.tensor(case["predictions"][name]["values"]).double()
+        for name in ("the formula, on exact marginals", "free form", "BMRS_N")
+    )
+    near = truth.abs() < 3
+    assert (exact - truth).abs().max() < 1e-6
+    assert (free - truth)[near].abs().mean() < 0.1
+    assert (formula - truth)[near].abs().mean() > (free - truth)[near].abs().mean()
