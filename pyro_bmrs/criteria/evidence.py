@@ -1,5 +1,6 @@
 """Criteria by the change of evidence under a prior that would remove a structure: the paper's two."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,16 +9,26 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.bmr import evidence_change, precision_window, spike
+from pyro_bmrs.bmr import UnreliableEvidenceWarning, evidence_change, precision_window, spike
 from pyro_bmrs.checks import check_number, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
+from pyro_bmrs.distributions import TruncatedLogNormal
 
 __all__ = ["BMRS_N", "BMRS_U", "EvidenceCriterion"]
+
+_FAR = 3.0  # standard deviations: one part in a hundred of the density at the location
 
 
 @dataclass(frozen=True)
 class EvidenceCriterion(Criterion):
-    """Remove where the evidence, with the prior odds, favours a reduced prior; subclasses say which.
+    r"""Remove where the evidence, with the prior odds, favours a reduced prior; subclasses say which.
+
+    Scores are :math:`\Delta F` + log-odds, in nats. With a weight :math:`\lambda` of the KL, :math:`\Delta F` estimates
+    the change of the ELBO divided by :math:`\lambda`.
+
+    Each structure is judged alone. Layers one behind the other whose channels are one group share one noise, and are
+    one structure. Where several layers write one sum, each with noise of its own, what one of them may lose depends on
+    the others: judge the sum of their :math:`\Delta F`.
 
     Args:
         prior_log_odds: Log-odds, before seeing data, of a structure being absent: one number, or for each site a number
@@ -85,13 +96,18 @@ class EvidenceCriterion(Criterion):
 class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
     r"""Remove where the evidence favours a spike at the lower bound: :math:`\Delta F` + prior log-odds >= 0 (eq. 8).
 
+    The formula is exact, the posterior's family is not: a truncated log-normal falls towards zero as the exact
+    posterior does not. What BMRS_N removes is safe to remove, and with log-odds of log 3 it decides as exact evidence
+    does in 95 % of cases (``python -m analysis.evidence_check``). For structures that are needed its size is no
+    evidence in nats (-166 where it is -1.3), and their order is not to be read: ``free_form_evidence`` has both.
+
     Args:
         scale: Width of the spike, in units of :math:`\log\theta`.
         prior_log_odds: Log-odds, before seeing data, of a structure being absent. 0 is the paper's rule as printed.
             With the exact ELBO a structure that the data does not need returns to its prior, where
-            :math:`\Delta F` is about -0.04 to -0.7 and never positive by much: ``math.log(3)`` removes whatever lacks
-            positive evidence on Kass and Raftery's scale. ``0.5 * math.log(2 * math.pi)`` is what the paper's
-            reference code computes.
+            :math:`\Delta F` is about -0.04 to -0.7 and never positive by much, so that 0 keeps most of them:
+            ``math.log(3)`` removes whatever lacks positive evidence on Kass and Raftery's scale.
+            ``0.5 * math.log(2 * math.pi)`` is what the paper's reference code computes.
     """
 
     scale: float = 1e-6
@@ -101,7 +117,22 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
         check_number("scale of BMRS_N", self.scale)
 
     def reduced_prior(self, prior: Any) -> Distribution:
+        if isinstance(prior, TruncatedLogNormal):
+            _warn_of_far_bound(prior)
         return spike(prior, self.scale)
+
+
+def _warn_of_far_bound(prior: TruncatedLogNormal) -> None:
+    """Warn where a prior has next to no density at its lower bound, of which the spike asks."""
+    distance = (prior.loc - prior.log_low) / prior.scale
+    if bool((distance > _FAR).any()):
+        warnings.warn(
+            f"the lower bound of a truncated log-normal prior is {float(distance.max()):.3g} standard deviations below "
+            "its location, where it has next to no density: BMRS_N, which compares posterior and prior there, means "
+            "nothing, in either direction; use BMRS_U or free-form evidence, or a wider prior",
+            UnreliableEvidenceWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

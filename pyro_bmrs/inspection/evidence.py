@@ -19,8 +19,10 @@ __all__ = ["evidence_changes"]
 def evidence_changes(guide: Any, reduced_prior: Callable[[Any], Distribution] = spike) -> dict[str, Tensor]:
     r"""Return :math:`\Delta F` of every structure, in nats, by site; >= 0 favours removal.
 
-    Of shape ``(size,)``, in the numbering of the original network. A structure that has been cut out by shrinking has
-    no posterior left to judge, and NaN here; ``FitResult.scores`` holds the last score of it.
+    With BMRS_N's reduced prior, how negative it is of a structure that is needed says nothing in nats, see ``BMRS_N``;
+    ``free_form_evidence`` does. Of shape ``(size,)``, in the numbering of the original network. A structure that has
+    been cut out by shrinking has no posterior left to judge, and NaN here; ``FitResult.scores`` holds the last score of
+    it.
 
     Args:
         guide: The fitted guide, if it knows its model; of any other ``noise_posterior(model, guide, ...)``.

@@ -167,3 +167,12 @@ def test_odds_proportional_to_cost(cost, context):
     assert per_structure["conv2_noise.theta"] / per_structure["fc2_noise.theta"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="'watts'"):
         bmrs.cost_log_odds(context.model.net, context.x, mean=1.0, cost="watts")
+
+
+def test_a_prior_far_from_its_bound_is_warned_of():
+    near, far = (bmrs.TruncatedLogNormal(loc, 2.0, -20.0, 0.0) for loc in (-15.0, -2.0))
+    bmrs.BMRS_N().reduced_prior(near)
+    with pytest.warns(
+        bmrs.UnreliableEvidenceWarning, match="lower bound .* is 9 standard deviations below its location"
+    ):
+        bmrs.BMRS_N().reduced_prior(far)
