@@ -4,7 +4,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 import pyro_bmrs as bmrs
+from analysis.data import load
 from analysis.evidence_figures import draw_pair
 from models import mlp
 from pyro_bmrs.bmr.free_form import log_parabola_moment
 from pyro_bmrs.model.noise import supply_noise
+from pyro_bmrs.structures.inputs import to_input
 
-__all__ = ["digits_case", "linear_case", "refitted_case"]
+__all__ = ["digits_case", "linear_case", "mnist_case", "refitted_case"]
 
 _LOW, _HIGH = -20.0, 0.0
 _GRID = 1200  # points of log(theta) in each dimension of the exact evidence
@@ -226,6 +228,42 @@ def _flat_prior(guide: Any) -> bmrs.LogUniform:
     return bmrs.LogUniform(torch.cat([each.log_low for each in priors]), torch.cat([each.log_high for each in priors]))
 
 
+def mnist_case(config: Any) -> list[dict[str, Any]]:
+    """Return the study's MLP on MNIST, some of whose structures' free-form evidence is computed by brute force."""
+    x, y = load("mnist", config.data_dir, size=32).train
+    x = to_input(x)
+    torch.manual_seed(config.seed)
+    model = bmrs.NoisyNetwork(mlp(1024, hidden=100, layers=8), kl_weight=6.0)
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    gradients = bmrs.TrainingGradients(guide, epochs=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = bmrs.fit(
+            model, guide, (x, y), criterion=None, epochs=12, fine_tune_epochs=0, batch_size=128, lr=8.5e-4,
+            posterior_lr=50 * 8.5e-4, seed=config.seed, progress=False,
+        )  # fmt: skip
+    predictions = _formulas(guide.flat_posterior(), _flat_prior(guide))
+    predictions["free form, one pair"] = _timed(lambda: bmrs.free_form_evidence(model, guide, (x, y)))
+    predictions["free form, a tenth of the data"] = _timed(
+        lambda: bmrs.free_form_evidence(model, guide, (x[::10], y[::10]), num_data=len(x))
+    )
+    predictions["free form, from training"] = _timed(lambda: gradients.evidence(x[:512]))
+    few = torch.arange(0, 800, 33)  # of each layer, three or four
+    truth = brute_force(model, guide, x, y, 1, structures=few.tolist())
+    for prediction in predictions.values():
+        for name in ("values", "standard_errors"):
+            if name in prediction:
+                prediction[name] = [prediction[name][i] for i in few.tolist()]
+    seconds = result.seconds / 12
+    return [
+        {
+            "name": f"MNIST, MLP of 8 layers of 100, kl_weight 6; an epoch of training takes {seconds:.2g} s.",
+            "truth": truth.tolist(),
+            "predictions": predictions,
+        }
+    ]
+
+
 class _ByBruteForce:
     """Looks like free-form evidence."""
 
@@ -243,18 +281,26 @@ def _timed(compute: Callable[[], Any]) -> Prediction:
 
 
 @torch.no_grad()
-def brute_force(model: Any, guide: Any, x: Tensor, y: Tensor, draws: int, nodes: int = 9) -> Tensor:
+def brute_force(
+    model: Any,
+    guide: Any,
+    x: Tensor,
+    y: Tensor,
+    draws: int,
+    nodes: int = 9,
+    structures: Sequence[int] | None = None,
+) -> Tensor:
     """Return free-form evidence by one pass over the data for each structure, draw and value of its noise."""
     posterior = guide.flat_posterior()
-    structures = posterior.batch_shape[0]
+    chosen = range(posterior.batch_shape[0]) if structures is None else structures
     at = (1 - torch.cos(torch.arange(nodes).double() * math.pi / (nodes - 1))) / 2
-    total = torch.zeros(structures, nodes, dtype=torch.float64)
+    total = torch.zeros(len(chosen), nodes, dtype=torch.float64)
     for _ in range(draws):
         theta = posterior.sample((len(x),))
-        for i in range(structures):
+        for i, structure in enumerate(chosen):
             for j in range(nodes):
                 changed = theta.clone()
-                changed[:, i] = at[j]
+                changed[:, structure] = at[j]
                 with supply_noise(model.noise, guide.split(changed)):
                     total[i, j] += model.likelihood(model.net(x)).log_prob(y).double().sum() / draws
     series = chebyshev.chebfit(2 * at.numpy() - 1, (total - total[:, :1]).T.numpy(), nodes - 1)

@@ -52,6 +52,7 @@ def free_form_evidence(
     pairs: int = 1,
     seed: int = 0,
     *,
+    num_data: int | None = None,
     unpack: Unpack | None = None,
 ) -> FreeFormEvidence:
     r"""Return the evidence of removing each structure, without a family for its posterior.
@@ -68,6 +69,8 @@ def free_form_evidence(
         data: The training data: whatever ``fit`` takes. Distinct examples matter more than draws.
         pairs: Number of antithetic pairs of draws of the noise for each example.
         seed: Of the draws; the global random state is left alone.
+        num_data: Number of examples that the likelihood counts, if ``data`` are only some of them; by default the
+            model's ``num_data``, or else their number.
         unpack: From a batch of ``data`` to inputs and observations, as for ``fit``.
 
     Raises:
@@ -86,10 +89,12 @@ def free_form_evidence(
     check_pair(model, guide)
     check_integer("pairs", pairs, low=1, high=10**6)
     check_seed("seed", seed)
+    if num_data is not None:
+        check_integer("num_data", num_data, low=1)
     source = source_of(data, model, unpack)
     with local_seed(seed, [guide.device]):
         sums = gradient_sums(model, guide, source, pairs)
-    return _evidence(guide, sums, model.num_data or source.size)
+    return _evidence(guide, sums, num_data or model.num_data or source.size)
 
 
 def _evidence(guide: FlatGuide, sums: GradientSums, num_data: int) -> FreeFormEvidence:
