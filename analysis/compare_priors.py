@@ -16,6 +16,7 @@ import torch
 import tyro
 
 import pyro_bmrs as bmrs
+from analysis.command import command
 from analysis.data import Split, digits, load
 from analysis.prior_figures import draw_figures
 from analysis.priors import PRIORS, Noise
@@ -108,7 +109,7 @@ def _begun(config: ComparePriors, output: Path) -> dict[str, Any]:
             )
         rows = before["rows"]
     return {
-        "command": f"python -m analysis.compare_priors {' '.join(sys.argv[1:])}".strip(),
+        "command": command("compare_priors"),
         "config": settings,
         "device": f"cpu: {platform.machine()}, {os.cpu_count()} cores, {config.threads} threads used",
         "torch": torch.__version__,

@@ -16,6 +16,7 @@ import tyro
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from analysis.command import command
 from analysis.evidence_cases import digits_case, linear_case, mnist_case, refitted_case
 from analysis.evidence_figures import draw_evidence
 from pyro_bmrs.io.files import write_json
@@ -68,7 +69,7 @@ def main(config: EvidenceCheck) -> dict[str, Any]:
         print(f"{part} ...", flush=True)
         cases += [{"part": part, **case} for case in _CASES[part](config)]
     report = {
-        "command": f"python -m analysis.evidence_check {' '.join(sys.argv[1:])}".strip(),
+        "command": command("evidence_check"),
         "config": {**asdict(config), "output": str(config.output), "data_dir": ""},
         "device": f"cpu: {platform.machine()}, {os.cpu_count()} cores, {config.threads} threads used",
         "torch": torch.__version__,
