@@ -30,6 +30,7 @@ from torch.distributions import (
 from pyro_bmrs.bmr.registry import POINT_MASS, is_point_mass
 from pyro_bmrs.checks import described
 from pyro_bmrs.distributions import LogitNormal
+from pyro_bmrs.randomness import forked_random
 
 __all__ = ["Latents", "check_no_point_mass", "posterior_and_prior", "read_latents", "to_elements"]
 
@@ -132,7 +133,7 @@ def read_guide(guide: Program, priors: Mapping[str, Any], *args: Any, **kwargs: 
 
 def _twice(run: Callable[[], Any], programs: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return what two runs of a program give; the global random state is left alone."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    with forked_random():
         try:
             return run(), run()
         except TypeError as error:

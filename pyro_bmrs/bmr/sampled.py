@@ -7,8 +7,7 @@ down. So ArviZ is asked only for k-hat, which says whether the mean of the weigh
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.bmr.registry import check_distributions, register_evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
+from pyro_bmrs.randomness import forked_random
 
 __all__ = [
     "PARETO_K_LIMIT",
@@ -112,7 +112,7 @@ def estimate_evidence_change(
     if seed is not None:
         check_seed("seed", seed)
     shape = check_distributions(posterior, prior, reduced_prior)
-    with torch.no_grad(), _seeded(seed):
+    with torch.no_grad(), nullcontext() if seed is None else forked_random(seed):
         draws = posterior.expand(shape).sample((num_samples,))
         rows = _log_weights(draws, prior, reduced_prior).double().movedim(0, -1).reshape(-1, num_samples)
     dtype = draws.dtype if draws.is_floating_point() else torch.get_default_dtype()
@@ -136,16 +136,6 @@ def _evidence_change_of_draws(q: Empirical, p: Distribution, reduced: Distributi
     estimate, standard_error, k = (each.reshape(shape).to(draws) for each in (*_log_mean(rows), _pareto_k(rows)))
     _warn_where_unreliable(SampledEvidenceChange(estimate, standard_error, k, len(draws)))
     return estimate
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _log_weights(draws: Tensor, prior: Any, reduced_prior: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.checks import described
+from pyro_bmrs.randomness import forked_random
 from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = [
@@ -105,8 +106,7 @@ def log_quantiles(posterior: Any, probabilities: Sequence[float]) -> list[Tensor
     """Return quantiles of log(theta): exact where the family has them, of 4,000 draws elsewhere."""
     if hasattr(posterior, "log_icdf"):
         return [posterior.log_icdf(torch.full_like(posterior.mean, p)).cpu() for p in probabilities]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+    with forked_random(0):
         theta = posterior.sample((4000,)).cpu()
     if bool((theta < 0).any()):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_bmrs.checks import check_integer, check_seed, described
 from pyro_bmrs.inspection.draws import on_host
+from pyro_bmrs.randomness import forked_random
 from pyro_bmrs.structures.inputs import refusing
 
 __all__ = ["guide_to_arviz"]
@@ -72,8 +73,7 @@ def guide_to_arviz(
     check_integer("draws", draws, low=1, high=10**7)
     check_seed("seed", seed)
     values: Values = defaultdict(lambda: defaultdict(list))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
+    with forked_random(seed):
         for _ in range(draws):
             _one_draw(model, guide, args, kwargs, values)
         observed = {name: on_host(site["value"]) for name, site in _observed(_traced(model, args, kwargs))}

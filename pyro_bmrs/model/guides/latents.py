@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_bmrs.checks import described
+from pyro_bmrs.randomness import forked_random
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import first_examples
 
@@ -47,11 +48,6 @@ class LatentGuide:
             )
         self.module, self._noise, self._sampled = guide, noise, sampled
         self._arguments: tuple[Any, ...] | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has been run."""
-        return self._arguments is not None
 
     def set_up(self, x: Any, y: Tensor) -> None:
         """Run it once on a few examples, as autoguides need it before they have parameters.
@@ -108,8 +104,7 @@ class LatentGuide:
                     return {name: each.detach() for name, each in self.module.median(*arguments).items()}
             except NotImplementedError:
                 pass  # as flows
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
+        with forked_random(0):
             return {name: each.mean(0) for name, each in self.draws(_DRAWS)[0].items()}
 
     def _known_arguments(self) -> tuple[Any, ...]:
