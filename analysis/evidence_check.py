@@ -100,8 +100,24 @@ def format_table(report: dict[str, Any]) -> str:
         ]
         for name, each in case["predictions"].items():
             lines.append(_row(name, torch.tensor(each["values"], dtype=torch.float64), truth, each))
+        if "together" in case:
+            lines += ["", *_removed_together(case["together"])]
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _removed_together(together: dict[str, dict[str, float]]) -> list[str]:
+    """Return a table of what all removals at once do, beside the sum of what each alone would."""
+    lines = [
+        "Removed together, at log 3; changes of the ELBO over kl_weight, in nats:",
+        "",
+        "| by | structures | sum of their evidence | at once | refitted |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in together.items():
+        changes = " | ".join(f"{each[key]:+.1f}" for key in ("sum", "at_once", "refitted"))
+        lines.append(f"| {name} | {each['removed']} | {changes} |")
+    return lines
 
 
 def _row(name: str, values: Tensor, truth: Tensor, each: dict[str, Any]) -> str:

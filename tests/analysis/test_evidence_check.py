@@ -1,19 +1,25 @@
 import json
 import math
 
+import pytest
 import torch
 
-from analysis.evidence_cases import linear_case
 from analysis.evidence_check import EvidenceCheck, format_table, main
 
 
-def test_predictions_are_set_beside_the_truth(tmp_path):
-    config = EvidenceCheck(problems=5, networks=1, kl_weights=(1.0,), epochs=6, output=tmp_path / "out")
-    report = main(config)
-    assert json.loads((tmp_path / "out" / "check.json").read_text()) == report
-    assert (tmp_path / "out" / "check.md").read_text() == format_table(report) + "\n"
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Return a report, and the folder that it is in."""
+    folder = tmp_path_factory.mktemp("check")
+    return main(EvidenceCheck(problems=20, networks=1, kl_weights=(1.0,), epochs=6, output=folder)), folder
+
+
+def test_predictions_are_set_beside_the_truth(checked):
+    report, folder = checked
+    assert json.loads((folder / "check.json").read_text()) == report
+    assert (folder / "check.md").read_text() == format_table(report) + "\n"
     for picture in ("predicted", "decisions", "one_goes_one_stays"):
-        assert (tmp_path / "out" / f"{picture}.png").stat().st_size > 10_000
+        assert (folder / f"{picture}.png").stat().st_size > 10_000
     assert [case["part"] for case in report["cases"]] == ["linear", "refitted", "digits"]
     for case in report["cases"]:
         for prediction in case["predictions"].values():
@@ -21,8 +27,8 @@ def test_predictions_are_set_beside_the_truth(tmp_path):
             assert all(map(math.isfinite, prediction["values"]))
 
 
-def test_the_formula_is_exact_where_the_posterior_is():
-    (case,) = linear_case(EvidenceCheck(problems=20))
+def test_the_formula_is_exact_where_the_posterior_is(checked):
+    case = checked[0]["cases"][0]
     truth = torch.tensor(case["truth"]).double()
     exact, free, formula = (
         torch.tensor(case["predictions"][name]["values"]).double()
