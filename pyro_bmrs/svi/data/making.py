@@ -53,7 +53,7 @@ def make_source(
     if isinstance(data, tuple | Mapping) or (isinstance(data, list) and not _is_list_of_batches(data)):
         x, y = as_tensors(*unpacked(data, unpack, name), name, dtype)
         return InMemory(x, y, name, batch_size or _default_batch_size(len(y)))
-    if _comes_in_batches(data):
+    if _comes_in_batches(data) and not isinstance(data, torch.nn.Module):
         if batch_size is not None and name == "train":
             raise ValueError(
                 f"batch_size={batch_size} has no meaning for {described(data)}, whose batches are made already: leave "
@@ -97,7 +97,7 @@ def _comes_in_batches(data: Any) -> bool:
 
 
 def _is_indexed(data: Any) -> bool:
-    values = isinstance(data, str | bytes | torch.Tensor | np.ndarray)
+    values = isinstance(data, str | bytes | torch.Tensor | np.ndarray | torch.nn.Module)
     return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not values
 
 

@@ -66,3 +66,9 @@ def test_something_else_than_tensors_is_refused():
         fit((x.tolist(), y))
     with pytest.raises(TypeError, match="pair of tensors"):
         fit(x)
+
+
+def test_a_network_is_no_data():
+    for container in (torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.ModuleList([torch.nn.Linear(2, 2)])):
+        with pytest.raises(TypeError, match="validation must be a pair of tensors"):
+            fit(blobs(), container)
