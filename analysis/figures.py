@@ -19,9 +19,19 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from analysis.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
+from analysis.recipes import make_config
 from analysis.tradeoff import of_summary, panels, seed_groups, summarise, summary, tradeoff
 
-__all__ = ["Figures", "draw", "load_results", "main", "post_training", "precision_sweep", "rank_heatmaps"]
+__all__ = [
+    "Figures",
+    "draw",
+    "load_results",
+    "main",
+    "of_current_prior",
+    "post_training",
+    "precision_sweep",
+    "rank_heatmaps",
+]
 
 Results = Sequence[Mapping[str, Any]]
 _RESULTS = Path(__file__).parent / "results" / "study"
@@ -82,7 +92,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """
     mpl.use("Agg")
     chosen: dict[str, tuple[Callable[[Results], Figure], Results]] = {}
-    continuous = [result for result in results if result["config"].get("pruning", "continuous") == "continuous"]
+    continuous: Results = [each for each in results if each["config"].get("pruning", "continuous") == "continuous"]
+    continuous = of_current_prior(continuous)
     chosen["tradeoff"] = tradeoff, [result for result in continuous if result["config"]["method"] in METHODS]
     chosen["summary"] = summary, of_summary(continuous)
     for recipe in sorted({result["config"].get("recipe", "") for result in results}):
@@ -98,6 +109,30 @@ def draw(results: Results, folder: Path) -> list[Path]:
             if of_kind:
                 paths += save_figure(make(of_kind), folder, name)
     return paths
+
+
+def of_current_prior(results: Results) -> Results:
+    """Return the results without those of our recipe with another prior than it has now, where both have been run."""
+
+    def kind(result: Mapping[str, Any]) -> tuple[str, str, float]:
+        config = result["config"]
+        return config["dataset"], config["network"], config.get("log_high", 0.0)
+
+    own = [result for result in results if result["config"].get("recipe") == "ours" and _has_noise(result)]
+    wanted = {}
+    for dataset, network, _ in map(kind, own):
+        recipe = make_config(dataset, network, "BMRS_N", "ours", 0)
+        if any(kind(result) == (dataset, network, recipe.log_high) for result in own):
+            wanted[dataset, network] = recipe.log_high
+    return [
+        result
+        for result in results
+        if result not in own or kind(result)[2] == wanted.get(kind(result)[:2], kind(result)[2])
+    ]
+
+
+def _has_noise(result: Mapping[str, Any]) -> bool:
+    return result["config"]["method"] != "none"
 
 
 def _swept(results: Results) -> Results:

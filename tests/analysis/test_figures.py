@@ -9,7 +9,7 @@ from synthetic import continuous, post_training, result, sweep
 
 from analysis import figures
 from analysis.figure_style import METHODS, figure_style, panel_grid
-from analysis.figures import Figures, draw, load_results, main
+from analysis.figures import Figures, draw, load_results, main, of_current_prior
 from analysis.published import Point, published
 from analysis.tradeoff import summarise, summary, tradeoff
 
@@ -259,3 +259,13 @@ def test_panels_fill_their_rows():
         assert len(figure.axes) == 2 * count
         assert grid[0][0].get_gridspec().ncols == columns
         assert all(top.get_position().y0 > bottom.get_position().y1 for top, bottom in grid)
+
+
+def test_runs_of_an_earlier_recipes_prior_are_left_out_where_there_are_newer_ones():
+    def run(network, **more):
+        return {"config": {"dataset": "mnist", "network": network, "method": "BMRS_N", "recipe": "ours", **more}}
+
+    old, new, other = run("mlp"), run("mlp", log_high=1.0), run("lenet5")
+    paper = run("mlp", recipe="paper")
+    assert of_current_prior([old, new, other, paper]) == [new, other, paper]
+    assert of_current_prior([old, other]) == [old, other]
