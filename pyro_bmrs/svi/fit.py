@@ -96,7 +96,8 @@ def fit(
     Args:
         model: The model. Fitted in place, and left in eval mode. Its ``num_data`` stands for the size of ``train``
             while it is None; any other number is used as it is.
-        guide: Its guide. Fitted in place.
+        guide: Its guide. Fitted in place, and with it the guide of the model's other latent sites, if there are any
+            (``guide.add_latents``).
         train: Inputs and observations of shape ``(n, ...)``, as a pair of tensors or NumPy arrays, where inputs may be
             a tuple or a mapping of them; or a mapping with ``"labels"``; a ``Dataset``; a ``DataLoader``; or any
             iterable of batches that has a length and gives them anew each time. All but the first two are loaded as
