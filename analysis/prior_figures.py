@@ -1,6 +1,7 @@
 """Pictures of the comparison of priors: trade-off, calibration, posteriors side by side, and ArviZ's comparison."""
 
 import statistics
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +104,7 @@ def _side_by_side(posteriors: Mapping[str, Any]) -> Any:
         rows = np.arange(len(median))
         ax.hlines(rows, low, high, color="#0072B2", alpha=0.6)
         ax.scatter(median, rows, color="#0072B2", s=9)
-        ax.set_title(name, fontsize=8)
+        ax.set_title(textwrap.fill(name, 26), fontsize=8)
         ax.set_yticks([])
     figure.supxlabel(r"$\theta$: median and 94 % interval")
     figure.supylabel("structures of the first layer, by median")
