@@ -25,7 +25,7 @@ from pyro_bmrs.numerics.integral import log_integral
 __all__ = ["FreeFormFactor", "GradientSums", "free_form_factor", "log_parabola_moment"]
 
 _TRUST = 0.25  # standard deviation of the curvature about minus the Gauss-Newton one, as a part of it
-_ROUNDING = 1e-6  # of a prior's bounds in float32, beyond which its density is nil
+_ROUNDING = 1e-6  # of a prior's bounds in float32, beyond which its density is zero
 _NOTHING = 1e-9  # nats, below which an evidence change is one of rounding: of a dead ReLU for one
 
 
@@ -142,7 +142,7 @@ def log_parabola_moment(slope: Tensor, curvature: Tensor, prior: Any, order: int
 
     Args:
         slope: :math:`s`, of shape ``(structures,)``.
-        curvature: :math:`c`, likewise.
+        curvature: :math:`c`, of the same shape.
         prior: As for ``free_form_factor``.
         order: :math:`k`.
     """

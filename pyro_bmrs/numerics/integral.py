@@ -32,7 +32,7 @@ def log_integral(log_integrand: Callable[[Tensor], Tensor], low: Tensor, high: T
         high: Upper ends.
 
     Returns:
-        Of shape ``shape``: +inf where the integrand is largest at an infinite end, -inf where it is nil.
+        Of shape ``shape``: +inf where the integrand is largest at an infinite end, -inf where it is zero.
 
     Raises:
         ArithmeticError: If the result does not stand still: the integrand is not smooth.

@@ -94,7 +94,7 @@ class PosteriorWatch:
             self._before_last = _parameters(self.guide)
 
     def note_end(self, data: Source) -> None:
-        """Hear that the epochs with noise have ended: weights fit draws of the noise now, as they will not later."""
+        """Take the importance ratios, when the epochs with noise have ended: later, weights no longer fit its draws."""
         model, guide = self.guide.model, self.guide
         simple = set(model.kl_weights.values()) == {1.0} and guide.latents is None and isinstance(data, InMemory)
         if simple and self._noisy_epochs >= _EPOCHS_PER_DRAW * FEWEST_RATIOS:

@@ -35,8 +35,7 @@ class FreeFormEvidence:
         delta_f: :math:`\Delta F` of removing each structure alone, in nats: for each site of shape
             ``(original_size,)``, in the numbering of the original network; >= 0 favours removal. NaN where a structure
             has been removed.
-        standard_error: Its standard error, likewise. Conservative for dense layers; of convolutional structures that
-            are needed it has been found three times too small.
+        standard_error: Its standard error, in the same form. On MLPs errors near zero were 0.7 to 1.2 times it.
         factors: The factors of the structures that are physically there, by site.
     """
 
@@ -60,8 +59,8 @@ def free_form_evidence(
     ``BMRS_N`` is an exact formula of an approximate posterior, a truncated log-normal, whose tail towards zero is
     nothing like that of the posterior. Here the posterior of a structure's noise is the best one given all others',
     :math:`q^*(\theta) \propto p(\theta) \exp(E[\log p(D | \theta)] / \lambda)`: near the decision line its evidence is
-    right within a few hundredths to tenths of a nat. It takes three passes forward and six backward over the data for
-    each pair of draws.
+    right within a few hundredths to tenths of a nat. It takes two passes forward and four backward over the data for
+    each pair of draws: on MNIST the time of two epochs.
 
     Args:
         model: The fitted model, best before fine-tuning; it runs in eval mode.
@@ -236,7 +235,7 @@ class TrainingGradients:
         """
         sums = self.sums
         if sums is None:
-            raise ValueError("no gradients have been heard yet: train with noise first, not compiled")
+            raise ValueError("no gradients have been taken yet: train with noise first, not compiled")
         with local_seed(0, [self.guide.device]):
             sums = sums + curvature(self.guide.model, self.guide, x)
         return _evidence(self.guide, sums, self.examples)
@@ -345,7 +344,7 @@ class FreeFormCriterion(EvidenceCriterion):
             if self.data.guide is not guide:
                 raise ValueError("the TrainingGradients of FreeFormCriterion are of another guide than is fitted")
             if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                raise ValueError("TrainingGradients hear one process alone: give FreeFormCriterion the data")
+                raise ValueError("TrainingGradients are of one process alone: give FreeFormCriterion the data")
             with local_seed(0, [guide.device]):
                 sums = self.data.sums
                 return sums and sums + curvature(model, guide, context.x), self.data.examples

@@ -121,7 +121,7 @@ def test_a_fit_by_the_data_is_resumed_to_the_bit(tmp_path):
 def test_what_cannot_be_heard_is_said():
     model, guide = make()
     gradients = bmrs.TrainingGradients(guide)
-    with pytest.raises(ValueError, match="no gradients have been heard yet"):
+    with pytest.raises(ValueError, match="no gradients have been taken yet"):
         gradients.evidence(X)
     short = {**FEW, "epochs": 2}
     with pytest.raises(ValueError, match=r'granularity="example" or "shared"'):
