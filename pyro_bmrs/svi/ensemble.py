@@ -252,8 +252,8 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
             check_model_and_guide(model, guide)
             if guide.latents is not None or guide.listeners:
                 raise ValueError(
-                    "fit_ensemble is for noise alone, but the guide has other latent sites, or something listens to its "
-                    "gradients: fit one by one"
+                    "fit_ensemble is for noise alone, but the guide has other latent sites, or its gradients are "
+                    "listened to: fit one by one"
                 )
             check_dtypes(model, guide, "32-true")
         for parameter in (*model.parameters(), *guide.parameters()):
