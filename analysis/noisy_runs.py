@@ -59,7 +59,8 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
     scores = _scores(model, guide, config, split)
     chosen, judge = scores[config.method], criterion(config, split.train)
     assert judge is not None
-    line = (chosen >= 0).double().mean().item() if config.method.startswith(_OF_POSTERIORS) else None
+    has_line = config.method.startswith((*_OF_POSTERIORS, "free_form"))
+    line = (chosen >= 0).double().mean().item() if has_line else None
     levels = LEVELS if line is None else tuple(sorted({*LEVELS, line}))
     result = fit(
         folder=work_folder(config, execution),
