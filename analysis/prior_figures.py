@@ -11,6 +11,7 @@ import arviz as az
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 __all__ = ["draw_figures"]
 
@@ -50,7 +51,11 @@ def _trade_off(report: dict[str, Any]) -> Any:
         ax.invert_xaxis()
         ax.set_xlabel("parameters left (%, log scale)")
         ax.set_ylabel(label)
-    axes[1].legend(frameon=False, fontsize=8)
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(StrMethodFormatter("{x:.3g}") if high < 4 * low else NullFormatter())
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
