@@ -31,7 +31,7 @@ def test_a_run_folder_holds_everything(network, tmp_path, capsys):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 14
     assert json.loads((folder / "config.json").read_text())["network"] == network
     assert sorted(path.stem for path in (folder / "figures").iterdir()) == [
-        "evidence", "evidence_snr", "forest", "history", "reduction",
+        "evidence", "evidence_snr", "forest", "history", "network", "reduction",
     ]  # fmt: skip
     assert results["surgery_max_abs_error"] < 1e-5
     assert results["accuracy_test"] == results["accuracy_test_masked"]
