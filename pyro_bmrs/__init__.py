@@ -73,9 +73,11 @@ from pyro_bmrs.svi.diagnostics import Diagnostics
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
 from pyro_bmrs.svi.fit import fit
-from pyro_bmrs.svi.free_form import FreeFormCriterion, FreeFormEvidence, TrainingGradients, free_form_evidence
+from pyro_bmrs.svi.free_form import FreeFormEvidence, free_form_evidence
+from pyro_bmrs.svi.free_form_criterion import FreeFormCriterion
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
+from pyro_bmrs.svi.training_gradients import TrainingGradients
 
 if TYPE_CHECKING:
     from pyro_bmrs.inspection.layer_plots import plot_network, plot_ridge, plot_trajectories
