@@ -222,6 +222,9 @@ def _brute_forced(config: Any, kl_weight: float, x: Tensor, y: Tensor) -> dict[s
         name: _together(model, guide, (x, y), torch.tensor(predictions[name]["values"]), again)
         for name in sorted(chosen)
     }
+    for stages in (4, 16):
+        delta_f = _in_stages(model, guide, (x, y), stages)
+        together[f"free form, in {stages} stages"] = _together(model, guide, (x, y), delta_f, again)
     return {
         "together": together,
         "name": f"Digits, kl_weight {kl_weight:g}; an epoch of training takes {result.seconds / config.epochs:.2g} s.",
@@ -298,6 +301,15 @@ def _together(model: Any, guide: Any, data: Any, delta_f: Tensor, again: dict[st
         "at_once": scale * (at_once - before),
         "refitted": scale * (after - without),
     }
+
+
+def _in_stages(model: Any, guide: Any, data: Any, stages: int) -> Tensor:
+    """Return the evidence of each structure with those gone that went before it."""
+    x, y = data
+    structures = bmrs.find_structures(model.net, x[:2])
+    context = bmrs.PruningContext(model.eval(), guide, structures, x[:256], y[:256])
+    criterion = bmrs.FreeFormCriterion(data, pairs=5, stages=stages, prior_log_odds=math.log(3))
+    return torch.cat(list(criterion.scores(context).values())) - math.log(3)
 
 
 class _ByBruteForce:

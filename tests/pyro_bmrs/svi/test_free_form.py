@@ -98,6 +98,26 @@ def test_the_criterion_prunes(heard):
     assert bmrs.evaluate(model, guide, (X, LABELS)).at_mean.accuracy > 0.85
 
 
+def test_stages_judge_what_goes_together():
+    """Two equal structures: the data need one of them, and either alone could go."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 2), bmrs.MultiplicativeNoise(2), nn.Linear(2, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]))
+        net[0].bias.zero_()
+        net[2].weight.copy_(torch.tensor([[1.0, 1.0]]))
+        net[2].bias.zero_()
+    model = bmrs.NoisyNetwork(net, likelihood=lambda out: Normal(out.squeeze(-1), 0.5), num_data=300)
+    guide = bmrs.TruncatedLogNormalGuide(model, init_loc=math.log(0.5))
+    y = 0.5 * X[:, 0]  # what is predicted is X[:, 0]: one of the two is too much
+    context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, X[:2]), X, y)
+    alone = bmrs.FreeFormCriterion((X, y)).scores(context)["1.theta"]
+    jointly = bmrs.FreeFormCriterion((X, y), stages=2).scores(context)["1.theta"]
+    assert (alone > 0).all()
+    assert sorted((jointly > 0).tolist()) == [False, True]
+    assert model.noise["1.theta"].keep.all()
+
+
 def test_a_fit_by_the_data_is_resumed_to_the_bit(tmp_path):
     def fitted(**settings):
         model, guide = make(kl_weight=3.0)
@@ -132,6 +152,8 @@ def test_what_cannot_be_heard_is_said():
     criterion = bmrs.FreeFormCriterion(gradients)
     with pytest.raises(ValueError, match="of another guide than is fitted"):
         bmrs.fit(other, its_guide, (X, LABELS), criterion=criterion, **short)
+    with pytest.raises(ValueError, match="stages of FreeFormCriterion must be 1 with TrainingGradients"):
+        bmrs.FreeFormCriterion(gradients, stages=2)
     with pytest.raises(TypeError, match="needs the training data"):
         bmrs.FreeFormCriterion(None)
     with pytest.raises(TypeError, match="guide must be"):
