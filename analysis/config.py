@@ -8,13 +8,15 @@ from typing import Any, Literal, get_args
 
 from pyro_bmrs.svi.elbo import Granularity
 
-__all__ = ["METHODS", "PEERS", "DatasetName", "NetworkName", "RecipeName", "RunConfig"]
+__all__ = ["METHODS", "OTHERS", "PEERS", "DatasetName", "NetworkName", "PretrainedName", "RecipeName", "RunConfig"]
 
-DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "digits"]
-NetworkName = Literal["mlp", "mlp_inputs", "lenet5", "lenet5_caffe"]
+DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "digits", "tiny-imagenet"]
+PretrainedName = Literal["resnet18", "resnet50", "vit_s", "vit_b16"]
+NetworkName = Literal["mlp", "mlp_inputs", "lenet5", "lenet5_caffe", PretrainedName]
 RecipeName = Literal["paper", "ours", "peers"]
 
 METHODS = ("none", "L2", "E[theta]", "SNR", "BMRS_N", "BMRS_U-8", "BMRS_U-4", "gradient")
+OTHERS = ("free_form", "random")
 PEERS = ("tp_magnitude", "tp_taylor", "tp_group_norm", "scratch")  # of the recipe "peers", all of it
 
 
@@ -24,8 +26,9 @@ class RunConfig:
 
     Attributes:
         dataset: Its short name.
-        network: ``"mlp"``, ``"mlp_inputs"`` (noise on the network's inputs too), ``"lenet5"`` or ``"lenet5_caffe"``.
-        method: One of ``METHODS``, or ``"BMRS_U-p1"`` of any p1, ``"free_form"``, or one of ``PEERS``.
+        network: ``"mlp"``, ``"mlp_inputs"`` (noise on the network's inputs too), ``"lenet5"``, ``"lenet5_caffe"``, or
+            one that has been trained before, see ``analysis.pretrained``.
+        method: One of ``METHODS``, ``OTHERS`` or ``PEERS``, or ``"BMRS_U-p1"`` of any p1.
         recipe: Name of the recipe that the settings below started from.
         seed: Of initial weights, data order and noise.
         epochs: Epochs with noise; of the dense network and of peers all.
@@ -42,8 +45,8 @@ class RunConfig:
         prune_until: Last one.
         prior_log_odds: Of the evidence criterion, or of that whose compression is matched; 0 where there is none.
         p2: Of BMRS_U, also where others are compared with it; None reaches down to the prior's bound.
-        hidden: Width of an MLP's hidden layers; 0 for other networks.
-        layers: Number of them; 0 for other networks.
+        hidden: Width of an MLP's hidden layers, of a ResNet's first stage or of a ViT; 0 for that of its name.
+        layers: Number of an MLP's hidden layers or of a ViT's; 0 for that of its name.
         image_size: Height and width of the images.
         noise_before_pool: Where filters' noise stands, see ``models.lenet5``.
         budget: Fraction of the parameters that a peer is to remove.
@@ -57,6 +60,11 @@ class RunConfig:
         best_of: Of how many epochs at the end that with the best validation accuracy counts; 0 is the last one.
         match_by: What a criterion that only ranks removes as many of as BMRS_N would.
         log_high: Upper bound of the log-uniform prior on log(theta); the paper's is 0.
+        pretrain_epochs: Epochs in which a network is trained first, without noise and alike for all seeds; 0 where its
+            weights come from a folder.
+        train_images: Number of training images, the first ones; 0 for all.
+        placement: Where the noise of pretrained networks stands: ``"readers"``, in front of what reads a channel, or
+            ``"outputs"``, as in the paper, behind batch norms and output projections.
     """
 
     dataset: str
@@ -91,6 +99,9 @@ class RunConfig:
     kl_priced_at: tuple[int, ...] = ()
     match_by: Literal["parameters", "structures"] = "parameters"
     log_high: float = 0.0
+    pretrain_epochs: int = 0
+    train_images: int = 0
+    placement: Literal["readers", "outputs"] = "readers"
 
     def __post_init__(self) -> None:
         for field in fields(self):  # 30 and 30.0 are one setting, and must not have two ids

@@ -37,6 +37,7 @@ class Execution:
         threads: Of the CPU, for one run.
         compile: Whether to compile training steps (on CUDA: to capture them), instead of shrinking while training.
         checkpoint_every: Epochs between checkpoints.
+        weights: Folder of pretrained weights, each in a folder of the network's name.
     """
 
     work: Path
@@ -45,6 +46,7 @@ class Execution:
     threads: int = 1
     compile: bool = False
     checkpoint_every: int = 1
+    weights: Path | None = None
 
 
 def work_folder(config: RunConfig, execution: Execution) -> Path:

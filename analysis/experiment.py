@@ -10,8 +10,10 @@ from analysis.config import PEERS, RunConfig
 from analysis.data import Split, digits, load
 from analysis.dense import train_dense
 from analysis.execution import Execution, note_session, only_here, work_folder
+from analysis.hub import image_set
 from analysis.noisy_runs import execute_continuous, execute_post_training
 from analysis.peer_runs import execute_peer
+from analysis.pretrained import architecture, is_pretrained, trained, with_noise
 from analysis.run import compare, short_history
 from models import lenet5, lenet5_caffe, mlp
 from pyro_bmrs import LogUniform, MultiplicativeNoise
@@ -30,8 +32,7 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
     with only_here(work_folder(config, execution)):
         sessions = note_session(config, execution)
         split = _on_device(_load(config, execution), resolve_device(execution.device))
-        torch.manual_seed(config.seed)
-        net: Any = _build(config, split.train[0])
+        net: Any = _build(config, execution, split)
         # On a CPU convolutions of few channels take up to 1.5 times as long in the other layout.
         net.to(memory_format=torch.channels_last)
         if config.method == "none":
@@ -58,6 +59,9 @@ def _load(config: RunConfig, execution: Execution) -> Split:
         split = digits(config.image_size)
     else:
         split = load(config.dataset, execution.data_dir, size=config.image_size)
+    if config.train_images:
+        x, y = (part[: config.train_images] for part in split.train)
+        split = Split((x, y), split.validation, split.test)
     return split if config.pixels == (0.0, 1.0) else _with_pixels(split, *config.pixels)
 
 
@@ -71,14 +75,28 @@ def _on_device(split: Split, device: torch.device) -> Split:
     return Split(*parts)
 
 
-def _build(config: RunConfig, images: Tensor) -> nn.Module:
+def _build(config: RunConfig, execution: Execution, split: Split) -> nn.Module:
     """Return the network, with the noise's prior that the configuration names."""
-    net = _network(config, images)
+    if is_pretrained(config.network):
+        return _trained_before(config, execution, split)
+    torch.manual_seed(config.seed)
+    net = _network(config, split.train[0])
     for name, module in list(net.named_modules()):
         if isinstance(module, MultiplicativeNoise) and config.log_high:
             prior = LogUniform(module.prior.log_low[0], torch.tensor(config.log_high))
             net.set_submodule(name, MultiplicativeNoise(module.size, prior, module.dim))
     return net
+
+
+def _trained_before(config: RunConfig, execution: Execution, split: Split) -> nn.Module:
+    classes = 10 if config.dataset == "digits" else image_set(config.dataset).classes
+    if config.method == "scratch":
+        torch.manual_seed(config.seed)
+        net: nn.Module = architecture(config, classes)
+    else:
+        net = trained(config, execution, split, classes)
+    torch.manual_seed(config.seed)
+    return net if config.method == "none" else with_noise(net, config, split.train[0])
 
 
 def _network(config: RunConfig, images: Tensor) -> nn.Module:

@@ -20,7 +20,9 @@ from analysis.recipes import criterion
 from analysis.reference_count import reference_compression
 from analysis.run import evaluate, short_history
 from pyro_bmrs.model.noise import noise_layers
+from pyro_bmrs.structures.compact import without_noise
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.points import Attachment
 
 __all__ = ["execute_continuous", "execute_post_training"]
 
@@ -135,13 +137,19 @@ def _results(
     split: Split,
 ) -> dict[str, Any]:
     pruned = bmrs.compact(model, guide, None, to_input(split.validation[0][:8]))
-    measured = evaluate(dense, model, guide, pruned, result.masks, split)
+    measured = evaluate(without_noise(dense), model, guide, pruned, result.masks, split)
     return {
         **measured,
-        "compression_reference": _rounded(reference_compression(dense, measured["kept"])),
+        "compression_reference": _rounded(_as_the_paper_counts(dense, measured, result.masks)),
         "seconds": result.seconds,
         "history": short_history(result.history),
     }
+
+
+def _as_the_paper_counts(dense: nn.Module, measured: dict[str, Any], masks: dict[str, Tensor]) -> float:
+    if not isinstance(dense, Attachment):
+        return reference_compression(dense, measured["kept"])
+    return 1 - bmrs.count_parameters(dense, dense.structures, masks, rows_only=True) / measured["params_dense"]
 
 
 def _rounded(value: float) -> float:

@@ -14,6 +14,7 @@ from analysis.peers import Importance, narrowed, train_from_scratch, train_peer
 from analysis.recipes import make_config
 from analysis.run import compare, short_history
 from pyro_bmrs.model.noise import noise_layers
+from pyro_bmrs.structures.compact import without_noise
 
 __all__ = ["execute_peer", "peers_beside"]
 
@@ -97,7 +98,8 @@ def execute_peer(config: RunConfig, net: nn.Module, split: Split) -> dict[str, A
         split: Data, on the device to train on.
     """
     device, started = split.train[0].device, time.perf_counter()
-    settings = (config.epochs, config.batch_size, config.lr, config.seed)
+    epochs = config.epochs + (config.pretrain_epochs if config.method == "scratch" else 0)
+    settings = (epochs, config.batch_size, config.lr, config.seed)
     if config.method == "scratch":
         kept = dict(zip((site.removesuffix(".theta") for site in noise_layers(net)), config.widths, strict=True))
         small = narrowed(net, kept, split.train[0][:2].cpu())
@@ -107,5 +109,5 @@ def execute_peer(config: RunConfig, net: nn.Module, split: Split) -> dict[str, A
         importance = _IMPORTANCES[config.method]
         peer = train_peer(net.to(device), split.train, importance, config.budget, *settings, ranking=config.ranking)
     seconds = time.perf_counter() - started
-    results = compare(net, peer, split)
+    results = compare(without_noise(net), peer, split)
     return {**results, "seconds": seconds, "history": short_history([results])}

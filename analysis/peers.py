@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
 from analysis.dense import train_dense
-from pyro_bmrs.model.noise import noise_layers
 from pyro_bmrs.modes import evaluating
+from pyro_bmrs.structures.compact import without_noise
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.points import replace_everywhere
 
@@ -97,14 +97,6 @@ def train_peer(
                 pruner.regularize(net)
             optimizer.step()
     return net.eval()
-
-
-def without_noise(net: nn.Module) -> nn.Module:
-    """Return a copy of ``net`` with ``nn.Identity`` in place of its noise layers."""
-    net = copy.deepcopy(net)
-    for layer in noise_layers(net).values():
-        net = replace_everywhere(net, layer, nn.Identity())
-    return net
 
 
 def _fractions_kept(budget: float, epochs: int) -> list[float]:

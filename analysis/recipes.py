@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from analysis.config import METHODS, PEERS, RecipeName, RunConfig
+from analysis.config import METHODS, OTHERS, PEERS, RecipeName, RunConfig
 from pyro_bmrs import (
     BMRS_N,
     BMRS_U,
@@ -17,6 +17,7 @@ from pyro_bmrs import (
     FreeFormCriterion,
     GradientWeightNorm,
     PosteriorMean,
+    Random,
     WeightNorm,
     bmrs_n_reference,
 )
@@ -24,20 +25,23 @@ from pyro_bmrs import (
 __all__ = ["criterion", "dense_of", "make_config"]
 
 _EVIDENCE = re.compile(r"BMRS_N|BMRS_U-(\d+)")
-_RANKINGS = ("L2", "gradient")
+_RANKINGS = ("L2", "gradient", "random")
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What the paper's appendix says of one network on one data set; widths and depths are an MLP's, by any recipe."""
+    """What the paper's appendix says of one network on one data set; widths and depths are so by any recipe."""
 
     batch_size: int
     lr: float
     hidden: int = 0
     layers: int = 0
+    image_size: int = 32
+    pretrain_epochs: int = 0
+    train_images: int = 0
 
 
-# An MLP of the paper's n has n + 1 hidden layers. Digits are ours, for tests.
+# An MLP of the paper's n has n + 1 hidden layers. Ours are those of digits, for tests, and the small ResNets and ViTs.
 _SETTINGS: dict[tuple[str, str], _Setting] = {
     ("mlp", "mnist"): _Setting(128, 8.5e-4, 100, 8),
     ("mlp", "fashion_mnist"): _Setting(128, 1.5e-3, 150, 2),
@@ -47,6 +51,14 @@ _SETTINGS: dict[tuple[str, str], _Setting] = {
     ("lenet5", "fashion_mnist"): _Setting(32, 1.4e-3),
     ("lenet5", "cifar10"): _Setting(64, 1e-3),
     ("lenet5", "digits"): _Setting(64, 4e-3),
+    ("resnet18", "digits"): _Setting(64, 1e-3, hidden=8, pretrain_epochs=2),
+    ("vit_s", "digits"): _Setting(64, 1e-3, hidden=32, layers=2, pretrain_epochs=2),
+    ("resnet18", "cifar10"): _Setting(64, 1e-3, hidden=16, pretrain_epochs=12, train_images=20_000),
+    ("vit_s", "cifar10"): _Setting(64, 1e-3, hidden=64, layers=3, pretrain_epochs=12, train_images=20_000),
+    ("resnet50", "cifar10"): _Setting(32, 6.8e-4, image_size=224),
+    ("vit_b16", "cifar10"): _Setting(32, 6.8e-4, image_size=224),
+    ("resnet50", "tiny-imagenet"): _Setting(32, 6.8e-4, image_size=224),
+    ("vit_b16", "tiny-imagenet"): _Setting(32, 6.8e-4, image_size=224),
     ("lenet5_caffe", "mnist"): _Setting(128, 1.4e-3),
     ("lenet5_caffe", "fashion_mnist"): _Setting(128, 1.4e-3),
     ("lenet5_caffe", "digits"): _Setting(64, 4e-3),
@@ -86,6 +98,15 @@ _OURS: dict[tuple[str, str], _Ours] = {
     ("lenet5", "fashion_mnist"): _Ours(70, 50, 10, 128, 3e-3, 0.01),
     ("lenet5", "cifar10"): _Ours(23, 12, 6, 64, 1e-3, 0.05, pixels=(-1.9, 2.1)),
     ("lenet5", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
+    ("resnet18", "digits"): _Ours(1, 4, 2, 64, 1e-3, 0.1),
+    ("vit_s", "digits"): _Ours(1, 4, 2, 64, 1e-3, 0.1),
+    ("resnet18", "cifar10"): _Ours(20, 3, 1, 64, 1e-3, 0.05, pixels=(-1.9, 2.1)),
+    ("vit_s", "cifar10"): _Ours(20, 3, 1, 64, 5e-4, 0.05, pixels=(-1.9, 2.1)),
+    # Not run yet: they take a GPU.
+    ("resnet50", "cifar10"): _Ours(20, 80, 20, 32, 6.8e-4, 0.01, pixels=(-1.9, 2.1)),
+    ("vit_b16", "cifar10"): _Ours(20, 80, 20, 32, 1e-4, 0.01, pixels=(-1.9, 2.1)),
+    ("resnet50", "tiny-imagenet"): _Ours(20, 80, 20, 32, 6.8e-4, 0.01, pixels=(-1.9, 2.1)),
+    ("vit_b16", "tiny-imagenet"): _Ours(20, 80, 20, 32, 1e-4, 0.01, pixels=(-1.9, 2.1)),
     ("lenet5_caffe", "mnist"): _Ours(40, 30, 30, 64, 2e-3, 0.01, kl_by_cost=True, kl_priced_at=(6, 9, 53, 13)),
     ("lenet5_caffe", "fashion_mnist"): _Ours(40, 30, 30, 64, 2e-3, 0.01, kl_by_cost=True, kl_priced_at=(6, 9, 53, 13)),
     ("lenet5_caffe", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
@@ -110,7 +131,7 @@ def make_config(
     Args:
         dataset: Short name of the data set.
         network: Name of the network.
-        method: One of ``METHODS``, ``"BMRS_U-p1"`` or ``"free_form"``; with the recipe ``"peers"`` one of ``PEERS``.
+        method: One of ``METHODS`` or ``OTHERS``, or ``"BMRS_U-p1"``; with the recipe ``"peers"`` one of ``PEERS``.
         recipe: ``"paper"``, ``"ours"``, or ``"peers"``: as long a training as ours, without noise.
         seed: Of the run.
         pruning: When to remove.
@@ -143,7 +164,9 @@ def make_config(
         "pruning": pruning,
         "hidden": setting.hidden,
         "layers": setting.layers,
-        "image_size": 28 if network == "lenet5_caffe" else 32,
+        "image_size": 28 if network == "lenet5_caffe" else setting.image_size,
+        "pretrain_epochs": setting.pretrain_epochs,
+        "train_images": setting.train_images,
     }
     if recipe == "paper":
         epochs, tuning = _given(epochs, 50), _given(fine_tune_epochs, 10)
@@ -246,6 +269,7 @@ def criterion(config: RunConfig, gradients: Any = None) -> Criterion | None:
         **dict.fromkeys(("none", *PEERS)),
         "L2": WeightNorm(matched, match_by=config.match_by),
         "gradient": GradientWeightNorm(matched, match_by=config.match_by),
+        "random": Random(matched, match_by=config.match_by, seed=config.seed),
         "E[theta]": PosteriorMean(0.1),
         "SNR": SNR(1.0),
         "BMRS_N": matched,
@@ -256,7 +280,7 @@ def criterion(config: RunConfig, gradients: Any = None) -> Criterion | None:
 
 
 def _check_method(method: str, recipe: str) -> None:
-    if method not in (*METHODS, *PEERS, "free_form") and not _EVIDENCE.fullmatch(method):
+    if method not in (*METHODS, *OTHERS, *PEERS) and not _EVIDENCE.fullmatch(method):
         raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}, or BMRS_U-p1 of any p1")
     if (method in PEERS) != (recipe == "peers"):
         raise ValueError(f"{method!r} does not go with the recipe {recipe!r}; that of peers is of {', '.join(PEERS)}")

@@ -59,6 +59,8 @@ GRIDS = {
     "precision": Grid(
         ("mnist", "cifar10"), ("mlp", "lenet5"), tuple(f"BMRS_U-{p1}" for p1 in range(22, 0, -1)), recipes=("paper",)
     ),
+    # The paper's second table, with what of it a CPU can do; resnet50 and vit_b16 by --networks and --weights-dir.
+    "table2": Grid(("cifar10",), ("resnet18", "vit_s"), (*_SEVEN, "random"), recipes=("ours",)),
     "caffe": Grid(("mnist",), ("lenet5_caffe",), ("none", "BMRS_N"), recipes=("ours",)),
     # Of what BMRS_N has been run on by our recipe.
     "peers": Grid(get_args(DatasetName), ("mlp", "lenet5"), PEERS, recipes=("peers",)),
@@ -69,15 +71,15 @@ GRIDS = {
 class Study:
     """Run a grid of the study, skipping what is done, or render the tables of what was found."""
 
-    grid: Literal["smoke", "table1", "curves", "precision", "caffe", "peers"] = "smoke"
+    grid: Literal["smoke", "table1", "table2", "curves", "precision", "caffe", "peers"] = "smoke"
     """A named grid, of which every axis can be replaced by the options below; peers need results of BMRS_N by our
     recipe for every seed, to whose mean compression they prune."""
     datasets: tuple[DatasetName, ...] = ()
     """By default the grid's, fashion_mnist only if its files are in the data folder."""
     networks: tuple[NetworkName, ...] = ()
-    """mlp_inputs is the MLP with noise on its inputs too."""
+    """mlp_inputs is the MLP with noise on its inputs too; resnet18, resnet50, vit_s and vit_b16 are trained before."""
     methods: tuple[str, ...] = ()
-    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient, free_form. Of the grid peers:
+    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient, random, free_form. Of peers:
     tp_magnitude, tp_taylor, tp_group_norm, scratch."""
     seeds: tuple[int, ...] = ()
     recipes: Annotated[tuple[RecipeName, ...], tyro.conf.arg(aliases=["--recipe"])] = ()
@@ -103,6 +105,14 @@ class Study:
     log_high: float | None = None
     """Upper bound of the prior on log(theta), instead of the recipe's."""
     pruning: Pruning | None = None
+    pretrain_epochs: int | None = None
+    """Of networks that are trained before; 0 where their weights come from a folder."""
+    train_images: int | None = None
+    """Only the first ones; 0 for all."""
+    hidden: int | None = None
+    """Width of an MLP, of a ResNet's first stage or of a ViT, instead of the recipe's."""
+    placement: Literal["readers", "outputs"] | None = None
+    """Where noise of networks trained before stands: in front of what reads a channel, or as in the paper."""
     ranking: Literal["layer", "network"] = "layer"
     """Of torch-pruning's peers: the same fraction of every layer goes, or all structures are ranked together."""
     jobs: int = 1
@@ -119,6 +129,8 @@ class Study:
     """Epochs between checkpoints: what an interruption costs at most."""
     data_dir: Path | None = None
     """Folder of data sets; by default BMRS_DATA, or else they are downloaded."""
+    weights_dir: Path | None = None
+    """Folder of pretrained weights: resnet50, ... in it as save_pretrained writes them."""
     work: Path = Path("runs/study")
     """Folder of checkpoints."""
     results: Path = _RESULTS
@@ -168,6 +180,10 @@ def configurations(study: Study) -> list[RunConfig]:
         "granularity",
         "log_high",
         "pruning",
+        "pretrain_epochs",
+        "train_images",
+        "hidden",
+        "placement",
     )
     given = {name: getattr(study, name) for name in names if getattr(study, name) is not None}
     datasets = study.datasets or tuple(name for name in grid.datasets if _is_at_hand(name, study.data_dir))
@@ -214,6 +230,7 @@ def _run(
         threads=study.threads or (max(count_cores() // study.jobs, 1) if local else 1),
         compile=study.compile,
         checkpoint_every=study.checkpoint_every,
+        weights=None if study.weights_dir is None else study.weights_dir.expanduser().resolve(),
     )
     with ExitStack() as stack:
         if local:
@@ -234,7 +251,7 @@ def _run(
 
 def _command(arguments: Sequence[str]) -> str:
     """Return the command to give again, without what is of this machine only."""
-    private = re.compile(r"--(data[-_]dir|work|results|scheduler)(=.*)?")
+    private = re.compile(r"--(data[-_]dir|weights[-_]dir|work|results|scheduler)(=.*)?")
     kept, skip = ["python -m analysis.study"], False
     for argument in arguments:
         match = private.fullmatch(argument)

@@ -29,6 +29,11 @@ _TITLES = {
     "mlp": "MLP",
     "mlp_inputs": "MLP with noise on its inputs too",
     "lenet5": "LeNet-5",
+    "tiny-imagenet": "Tiny ImageNet",
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "vit_s": "ViT, small",
+    "vit_b16": "ViT-B/16",
     "lenet5_caffe": "LeNet-5-Caffe, with noise on the inputs of its first dense layer too",
 }
 _LEGEND = (

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from pyro_bmrs.io.torch_layers import CONTAINERS, arguments_of, build, kind_of, plain_attributes
+from pyro_bmrs.io.torch_layers import CONTAINERS, arguments_of, build, is_size, kind_of, plain_attributes
 
 __all__ = ["class_name", "describe"]
 
@@ -51,7 +51,7 @@ def _describe(module: nn.Module, name: str, seen: dict[int, str]) -> dict[str, A
     attributes = plain_attributes(module)
     if kind is not None and kind not in CONTAINERS and _is_rebuilt(module, kind, name):
         return {"type": kind, "arguments": arguments_of(module), "attributes": attributes, "children": children}
-    sizes = {key: value for key, value in attributes.items() if type(value) is int}
+    sizes = {key: value for key, value in attributes.items() if is_size(key, value)}
     return {"type": class_name(type(module)), "custom": True, "attributes": sizes, "children": children}
 
 

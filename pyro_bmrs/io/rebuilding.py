@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_bmrs.io.torch_layers import build, is_plain
+from pyro_bmrs.io.torch_layers import build, is_plain, is_size
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.pair import NoisePosterior
 from pyro_bmrs.structures.points import Attachment, NoisePoint
@@ -70,7 +70,7 @@ class _Builder:
                 raise ValueError(
                     f"the module passed to load has no part {path!r}; the saved {description.get('type')} has"
                 )
-            parts[child] = None if part is None else self.module(part, module._modules.get(child), path)
+            parts[child] = None if part is None else self.module(part, _given(given, module, child, part), path)
         if custom:
             module._modules.update(parts)
         else:  # all of its parts, in their order
@@ -98,6 +98,17 @@ class _Builder:
         return given if given is not None and _is_like(given, fresh) else fresh
 
 
+def _given(given: nn.Module | None, module: nn.Module, child: str, description: Any) -> nn.Module | None:
+    """Return the instance for one part of a module.
+
+    Where the file has a module between others that surgery has put in front of it or behind, it is the one given.
+    """
+    custom = isinstance(description, Mapping) and description.get("custom") is True
+    if type(module) is nn.Sequential and type(given) is not nn.Sequential and custom:
+        return given
+    return module._modules.get(child)
+
+
 def _parts(description: Any, name: str) -> tuple[Mapping[str, Any], Mapping[str, Any], str | None]:
     """Return attributes and children of a module, and the name of the one that it is the same as, if any."""
     known = description if isinstance(description, Mapping) else {"attributes": None}
@@ -108,15 +119,19 @@ def _parts(description: Any, name: str) -> tuple[Mapping[str, Any], Mapping[str,
 
 
 def _is_like(given: nn.Module, fresh: nn.Module) -> bool:
-    """Return whether a layer differs from one that has just been built in nothing but sizes and values."""
+    """Return whether a layer differs from one that has just been built in nothing but sizes and values.
+
+    Attributes that others have put on it, as transformers does, do not count.
+    """
     if type(given) is not type(fresh):
         return False
     tensors = [
         {key for key, value in {**each._parameters, **each._buffers}.items() if value is not None}
         for each in (given, fresh)
     ]
+    own = vars(fresh)
     settings = [
-        {key: value for key, value in vars(each).items() if is_plain(value) and type(value) is not int}
+        {key: value for key, value in vars(each).items() if key in own and is_plain(value) and type(value) is not int}
         for each in (given, fresh)
     ]
     return tensors[0] == tensors[1] and {**settings[0], "training": 0} == {**settings[1], "training": 0}
@@ -130,7 +145,7 @@ def _set_attributes(module: nn.Module, attributes: Mapping[str, Any], name: str,
                 f"module {name!r} has an attribute {key!r} of {value!r}: the file is not ours or not whole"
             )
         current = vars(module).get(key)
-        settable = type(current) is int if custom else key in vars(module) and is_plain(current)
+        settable = is_size(key, current) if custom else key in vars(module) and is_plain(current)
         if settable and key[:1] != "_":
             setattr(module, key, tuple(value) if isinstance(value, list) else value)
 

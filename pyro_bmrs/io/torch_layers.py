@@ -8,15 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
+from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter, CountedLayerNorm
 
-__all__ = ["CONTAINERS", "arguments_of", "build", "is_plain", "kind_of", "plain_attributes"]
+__all__ = ["CONTAINERS", "arguments_of", "build", "is_plain", "is_size", "kind_of", "plain_attributes"]
 
 CONTAINERS: dict[str, type[nn.Module]] = {
     "Sequential": nn.Sequential, "ModuleList": nn.ModuleList, "ModuleDict": nn.ModuleDict,
 }  # fmt: skip
 _OURS: dict[str, type[nn.Module]] = {
     "ChannelGather": ChannelGather, "ChannelScale": ChannelScale, "ChannelScatter": ChannelScatter,
+    "CountedLayerNorm": CountedLayerNorm,
 }  # fmt: skip
 _NOT_LAYERS = {"Module", "Container", "ParameterList", "ParameterDict", *CONTAINERS}
 _LAYERS = {
@@ -39,6 +40,14 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(isinstance(each, int | float) for each in value)
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def is_size(name: str, value: Any) -> bool:
+    """Return whether removal may have changed an attribute of a class of the user's own: a size, or a norm's epsilon.
+
+    An RMS norm that has lost channels has another one, see ``norms.py``.
+    """
+    return type(value) is int or (type(value) is float and "eps" in name)
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -117,11 +126,17 @@ def _of_transformer_stack(module: Any) -> dict[str, Any]:
     return {**arguments, "num_layers": len(module.layers)}
 
 
+def _of_counted_norm(module: Any) -> dict[str, Any]:
+    sizes = {"size": len(module.scale), "count": module.count}
+    return {**sizes, "eps": module.eps, "bias": module.bias is not None}
+
+
 _SPECIAL_ARGUMENTS: dict[type[nn.Module], Callable[[nn.Module], dict[str, Any]]] = {
     nn.RNN: _of_rnn, nn.LSTM: _of_rnn, nn.GRU: _of_rnn,
     nn.MultiheadAttention: _of_attention,
     nn.TransformerEncoderLayer: _of_transformer_layer, nn.TransformerDecoderLayer: _of_transformer_layer,
     nn.TransformerEncoder: _of_transformer_stack, nn.TransformerDecoder: _of_transformer_stack,
+    CountedLayerNorm: _of_counted_norm,
     ChannelScale: lambda module: {"size": len(module.scale), "dim": module.dim},  # type: ignore[arg-type]
     ChannelGather: lambda module: {"size": len(module.index), "dim": module.dim},  # type: ignore[arg-type]
     ChannelScatter: lambda module: {"count": len(module.index), "size": module.size, "dim": module.dim},  # type: ignore[arg-type]
@@ -166,6 +181,10 @@ def _made(kind: str, values: dict[str, Any]) -> nn.Module:
         return ChannelGather(torch.ones(values.pop("size"), dtype=torch.long), **values)
     if kind == "ChannelScatter":
         return ChannelScatter(torch.ones(values.pop("count"), dtype=torch.long), **values)
+    if kind == "CountedLayerNorm":
+        size, bias = values.pop("size"), values.pop("bias")
+        weights = [nn.Parameter(torch.ones(size)) if each else None for each in (True, bias)]
+        return CountedLayerNorm(*weights, torch.ones(size), **values)  # type: ignore[arg-type, call-arg]
     if kind in ("TransformerEncoder", "TransformerDecoder"):
         count = values.pop("num_layers")
         more = {"enable_nested_tensor": False} if kind == "TransformerEncoder" else {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmrs.checks import check_integer, check_module, described
+from pyro_bmrs.checks import check_flag, check_integer, check_module, described
 from pyro_bmrs.structures.compact import plain_copy, structures_of
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import Inputs, call, call_example, to_network
@@ -31,7 +31,11 @@ __all__ = [
 
 
 def count_parameters(
-    net: nn.Module, structures: StructureSet | None = None, masks: Mapping[str, Tensor] | None = None
+    net: nn.Module,
+    structures: StructureSet | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    rows_only: bool = False,
 ) -> int:
     """Return the number of parameters, of ``net`` as it is or as masks would leave it once it is compacted.
 
@@ -42,15 +46,18 @@ def count_parameters(
         net: The network.
         structures: What ``find_structures`` has said of it, where there are masks.
         masks: For each site a bool tensor of shape ``(size,)``, True = keep, in the numbering of the original network.
+        rows_only: Whether a masked structure loses no more than the rows that make it, as papers count whose networks
+            are only masked; what reads it stays, and so does a channel of a sum that others write too.
 
     Raises:
-        ValueError: If a mask does not fit.
+        TypeError, ValueError: If a mask does not fit.
     """
     check_module("net", net)
+    check_flag("rows_only", rows_only)
     if structures is None or masks is None:
         return sum(parameter.numel() for parameter in with_fixed_weights(net).parameters())
     record, masks = _masked(net, structures, masks)
-    return record.count_parameters(record.dead(masks))
+    return record.count_rows(masks) if rows_only else record.count_parameters(record.dead(masks))
 
 
 def count_flops(

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pyro_bmrs.checks import check_list, check_module
+from pyro_bmrs.checks import check_flag, check_list, check_module
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call, call_example, output_tensors, to_network
+from pyro_bmrs.structures.norms import averaging_norms, legible_norms
 from pyro_bmrs.structures.points import NoisePoint, noise_points, replace_everywhere
 from pyro_bmrs.structures.reading import Reading
 from pyro_bmrs.structures.removal import adopt_attention
@@ -32,7 +33,7 @@ _SHRINKABLE = {
 
 
 def find_structures(
-    net: nn.Module, example_inputs: Inputs, *, outputs: Sequence[str] = (), trial: bool = True
+    net: nn.Module, example_inputs: Inputs, *, outputs: Sequence[str] = (), width: bool = False, trial: bool = True
 ) -> StructureSet:
     """Return what can be removed from a network: channels, neurons, heads, each group by name, and proved.
 
@@ -47,6 +48,10 @@ def find_structures(
             A few examples do.
         outputs: Names of modules whose outputs are to have noise themselves, as in the paper, where noise stands behind
             every batch norm. A channel of a sum then goes entirely where all its summands have lost it.
+        width: Whether to offer, of kind ``"width"``, channels that a layer norm or RMS norm averages over too, such as
+            the embedding width of a transformer. Their noise stands in front of the norms as well. A layer norm that
+            loses some becomes a ``CountedLayerNorm``, which goes on counting them; an RMS norm stays what it is, behind
+            a ``ChannelScale``. While training they are masked, not cut.
         trial: Whether to try removals. Without, what is offered has been read off a single forward pass.
 
     Returns:
@@ -66,20 +71,22 @@ def find_structures(
         >>> structures.refused
         {'4': 'the network returns it'}
     """
-    structures = propose(net, example_inputs, outputs)
+    structures = propose(net, example_inputs, outputs, width)
     if not trial:
         return structures
     return proved(structures, Bench.of(net, example_inputs, structures.record.low_precision))
 
 
-def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ()) -> StructureSet:
+def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = (), width: bool = False) -> StructureSet:
     """Return what could be removed as far as one forward pass shows, without proof.
 
     Args:
         net: Any module; it is copied, not changed. Its noise layers become the sites of the record.
         example_inputs: See ``find_structures``.
         outputs: See ``find_structures``.
+        width: See ``find_structures``.
     """
+    check_flag("width", width)
     _check_modules(net)
     if not all(isinstance(name, str) for name in check_list("outputs", outputs, "names of modules")):
         raise TypeError(f"outputs must be a sequence of names of modules, but got {outputs!r}")
@@ -88,13 +95,15 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = ())
         fix_sampled_weights(net)
     example_inputs = to_network(example_inputs, net)
     adopt_attention(net)
+    if width:
+        net = legible_norms(net)
     points = noise_points(net)
     modules = {module: name for name, module in net.named_modules()}
     _check_names(outputs, modules.values())
     stand_ins = {site: _StandIn(site, point.dim) for site, point in points.items()}
     for site, point in points.items():
         net = replace_everywhere(net, point, stand_ins[site])
-    tracer = Tracer(net, RULES)
+    tracer = Tracer(net, RULES, averaging_norms(net) if width else ())
     for each in stand_ins.values():
         each.tracer = tracer
     with undisturbed(net), torch.inference_mode():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelGather", "ChannelScale", "ChannelScatter"]
+__all__ = ["ChannelGather", "ChannelScale", "ChannelScatter", "CountedLayerNorm"]
 
 
 class ChannelScale(nn.Module):
@@ -66,3 +66,37 @@ class ChannelScatter(nn.Module):
         shape = list(x.shape)
         shape[self.dim] = self.size
         return torch.zeros(shape, dtype=x.dtype, device=x.device).index_copy(self.dim, self.index, x)
+
+
+class CountedLayerNorm(nn.Module):
+    r"""Normalise the K channels that are left of ``count``, as a layer norm over all would whose others are zero.
+
+    With :math:`x` the scaled input, :math:`m = \sum_K x / D` and :math:`D` = ``count`` the variance is
+    :math:`(\sum_K (x - m)^2 + (D - K) m^2) / D`.
+
+    Args:
+        weight: Of shape ``(channels,)``.
+        bias: Of the same shape, or None.
+        scale: What the input is multiplied with first, of the same shape.
+        count: Number of channels that are counted.
+        eps: What the variance is increased by.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, scale: Tensor, count: int, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.register_buffer("scale", scale)
+        self.count, self.eps = count, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        mean = x.sum(-1, keepdim=True) / self.count
+        off = x - mean
+        gone = self.count - x.shape[-1]
+        variance = (off.square().sum(-1, keepdim=True) + gone * mean.square()) / self.count
+        y = off * torch.rsqrt(variance + self.eps) * self.weight
+        return y if self.bias is None else y + self.bias

@@ -36,6 +36,7 @@ class Reading:
         self.norms = self._by_class((labels, name) for labels, name in tracer.norms)
         self.heads = self._by_class((labels, name) for labels, name in tracer.heads)
         self.summed = self.classes.marked(tracer.sums)
+        self.averaged = self.classes.marked([labels for labels, _ in tracer.averaged])
 
     def _by_class(self, marks: Iterable[tuple[Tensor, str]]) -> dict[int, set[str]]:
         result: dict[int, set[str]] = defaultdict(set)
@@ -107,6 +108,7 @@ class Reading:
             shared=frozenset(shared),
             low_precision=tracer.low_precision,
             pairs=classes.marked(tracer.pairs) if tracer.pairs else None,
+            averaged={name: classes(labels).reshape(-1) for labels, name in tracer.averaged},
         )
 
     def _site(self, name: str, before: Tensor, after: Tensor) -> Site:
@@ -160,7 +162,7 @@ class Reading:
         if any(each in self.heads for each in classes.tolist()):
             return "head"
         summed = bool(self.summed[classes].any()) and self._makers(slots) > 1
-        return "width" if summed else "channel"
+        return "width" if summed or bool(self.averaged[classes].any()) else "channel"
 
     def _makers(self, slots: list[Slot]) -> int:
         """Return how many layers make channels along these dimensions."""

@@ -5,6 +5,7 @@ stands inside the network its products are channels of classes of their own. Eve
 structures reads this record and nothing else.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -147,6 +148,7 @@ class Record:
         work: Floating-point operations of a forward pass over the example.
         shared: Slots along which a parameter is read that has other uses too.
         low_precision: Whether the network computes anything in less precision than its own.
+        averaged: For each layer norm or RMS norm whose channels can go one by one, the class of each.
         pairs: Classes of which a dimension keeps two, bool of shape ``(count,)``; of all others it keeps one.
     """
 
@@ -165,6 +167,7 @@ class Record:
     shared: frozenset[Slot] = frozenset()
     low_precision: bool = False
     pairs: Tensor | None = None
+    averaged: dict[str, Tensor] = field(default_factory=dict)
 
     def nothing(self) -> Tensor:
         """Return no class, as bool of shape ``(count,)``."""
@@ -202,6 +205,8 @@ class Record:
                 break
             zero, unread = new_zero, new_unread
         dead = (zero | unread) & ~self.fixed
+        for axis in self.averaged.values() if in_place else ():  # a norm in training counts all of its channels
+            dead[axis[axis >= 0]] = False
         self._revive(dead, masks if in_place else None)
         return dead
 
@@ -246,6 +251,18 @@ class Record:
     def count_parameters(self, dead: Tensor) -> int:
         """Return the number of parameters once classes are gone."""
         return int(sum(each.total(dead) for each in self.parameter_products()))
+
+    def count_rows(self, masks: Mapping[str, Tensor]) -> int:
+        """Return the number of parameters if masked structures lose no more than the rows that make them."""
+        gone = self.nothing()
+        for site, mask in masks.items():
+            gone[self.sites[site].before[~mask.cpu()]] = True
+        total = 0
+        for name in self.parameters:
+            axes = {slot: axis for slot, axis in self.slots.items() if slot[0] == name}
+            left = [len(axis) if slot in self.reading else int((~_at(gone, axis)).sum()) for slot, axis in axes.items()]
+            total += math.prod(left)
+        return total
 
     def savings(self, cost: Literal["parameters", "flops"], dead: Tensor) -> Tensor:
         """Return what each class costs, of shape ``(count,)``: what its removal alone would save."""
@@ -294,7 +311,8 @@ class Record:
                 written[site.after] = True
         for name, each in structures.items():
             if each.kind != "output":
-                folds = tuple(dict.fromkeys(reader.slot for reader in each.readers))
+                into = (reader for reader in each.readers if reader.module not in self.averaged)
+                folds = tuple(dict.fromkeys(reader.slot for reader in into))
                 sites[f"{name}.theta"] = Site(each.classes, readers=each.readers, folds=folds)
                 read[each.classes] = False
         return replace(self, sites=sites, written=written, read=read, fixed=fixed)
@@ -334,6 +352,7 @@ class Record:
             sites=sites,
             heads={module: left(classes) for module, classes in self.heads.items()},
             counted={module: left(axis) for module, axis in self.counted.items()},
+            averaged={module: left(axis) for module, axis in self.averaged.items()},
             work=tuple(Product(each.constant, tuple(map(left, each.axes))) for each in self.work),
         )
 

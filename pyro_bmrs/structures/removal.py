@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied
 from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
+from pyro_bmrs.structures.norms import narrow_norms
 from pyro_bmrs.structures.points import noise_points, replace_everywhere
 from pyro_bmrs.structures.record import Argument, Record, Site, Slot, positions
 
@@ -171,7 +172,9 @@ def cut(net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Map
     left: dict[str, list[nn.Module]] = {}
     for name, site in record.sites.items():
         left[name] = _left_behind(net, record, site, values[name], dead)
+    before_norms = {norm: _scale_of_norm(record, norm, values) for norm in record.averaged}
     cut_tensors(net, record, dead)
+    net = narrow_norms(net, record, dead, before_norms)
     for name, modules in left.items():
         site = record.sites[name]
         if name in scales:
@@ -181,6 +184,16 @@ def cut(net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Map
             old = net.get_submodule(site.module)
             net = replace_everywhere(net, old, nn.Sequential(old, *modules))
     return net
+
+
+def _scale_of_norm(record: Record, norm: str, values: Mapping[str, Tensor]) -> Tensor:
+    """Return what all noise in front of a norm multiplies its channels with."""
+    axis = record.averaged[norm]
+    scale = torch.ones(len(axis), dtype=torch.float64)
+    for name, site in record.sites.items():
+        if any(reader.module == norm for reader in site.readers):
+            scale = scale * factors(values[name].double().cpu(), positions(site.before, axis))
+    return scale
 
 
 def _left_behind(net: nn.Module, record: Record, site: Site, values: Tensor, dead: Tensor) -> list[nn.Module]:

@@ -84,6 +84,7 @@ class Tracer(TorchDispatchMode):
     Args:
         net: The network; hooks are put on its modules, so give it a copy.
         rules: From the name of an operation to what it does to labels.
+        averaging: Names of layer norms and RMS norms that may lose channels one by one.
 
     Attributes:
         labels: All labels.
@@ -96,6 +97,7 @@ class Tracer(TorchDispatchMode):
         checks: Operations that count positions.
         sums: Labels of channels that are sums of what several layers make.
         pairs: Labels of channels of which two must stay.
+        averaged: Labels of the channels of a layer norm or RMS norm that may lose some, with the module's name.
         counted: Labels of the channels of a normalisation without tensors of its own, with the module's name.
         points: For each noise site the labels of what it multiplies, and of the products.
         point_dims: The dimension along which each site multiplies, counted from the end.
@@ -106,9 +108,11 @@ class Tracer(TorchDispatchMode):
         low_precision: Whether anything was computed in less than the network's own precision.
     """
 
-    def __init__(self, net: nn.Module, rules: dict[str, Callable[["Tracer", Call], None]]) -> None:
+    def __init__(
+        self, net: nn.Module, rules: dict[str, Callable[["Tracer", Call], None]], averaging: Collection[str] = ()
+    ) -> None:
         super().__init__()
-        self.rules = rules
+        self.rules, self.averaging = rules, averaging
         self.labels = Labels()
         self.slots: dict[Slot, Tensor] = {}
         self.reads: list[Read] = []
@@ -120,6 +124,7 @@ class Tracer(TorchDispatchMode):
         self.checks: list[Block | Cuts] = []
         self.pairs: list[Tensor] = []
         self.counted: list[tuple[Tensor, str]] = []
+        self.averaged: list[tuple[Tensor, str]] = []
         self.points: dict[str, tuple[Tensor, Tensor]] = {}
         self.point_dims: dict[str, int] = {}
         self.work: list[Work] = []
@@ -300,6 +305,15 @@ class Tracer(TorchDispatchMode):
                 axes.append(_narrow(labels, support(labels) - {d}).reshape(-1))
                 total /= size
         self.work.append(Work(total, axes))
+
+    def average(self, labels: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Note that the module that is running, a norm, reads channels of ``x`` and averages over them."""
+        (slot,) = (self.slot_of(each) for each in self.of(weight))
+        assert slot is not None
+        self.averaged.append((labels, self.here))
+        data = [each for each in self.of(x) if support(each) & {x.dim() - 1}]
+        self.reads.append(Read(self.here, slot, self._arguments(data)))
+        self.read.append(labels)
 
     def mix(self, labels: Tensor, dims: Collection[int], what: str) -> Tensor | None:
         """Return labels behind an operation that mixes positions along ``dims``, or counts them."""

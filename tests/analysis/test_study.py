@@ -71,7 +71,19 @@ def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
         Store(tmp_path).write(config, {})
         assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
     left_out = set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"])
-    assert left_out == {"budget", "ranking", "kl_by_cost", "widths", "pixels", "best_of", "kl_priced_at", "match_by"}
+    assert left_out == {
+        "budget",
+        "ranking",
+        "kl_by_cost",
+        "widths",
+        "pixels",
+        "best_of",
+        "kl_priced_at",
+        "match_by",
+        "pretrain_epochs",
+        "train_images",
+        "placement",
+    }
     assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
 

@@ -40,10 +40,14 @@ def _layer_norm(tracer: Tracer, call: Call) -> None:
     x, y, shape = call.args[0], call.outputs[0], call.args[1]
     over = set(range(x.dim() - len(shape), x.dim()))
     operands = [tracer.operand(each, x.dim()) for each in (x, *call.args[2:4]) if isinstance(each, Tensor)]
-    out = []
+    out: list[Tensor | None] = []
     for labels in tracer.combine(operands, f"{tracer.place()} normalises it with something that cannot shrink alike"):
         if support(labels) <= over:
             tracer.norms.append((labels, tracer.here))
+        if tracer.here in tracer.averaging and support(labels) == over:
+            tracer.average(labels, x, call.args[2])
+            out.append(labels)
+            continue
         out.append(
             tracer.labels.tie(labels, over, f"{tracer.place()} normalises over it, so that all others would change")
         )
