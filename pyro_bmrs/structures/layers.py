@@ -100,3 +100,6 @@ class CountedLayerNorm(nn.Module):
         variance = (off.square().sum(-1, keepdim=True) + gone * mean.square()) / self.count
         y = off * torch.rsqrt(variance + self.eps) * self.weight
         return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{len(self.scale)} of {self.count}, eps={self.eps}"

@@ -32,6 +32,20 @@ class _LegibleRMSNorm(nn.Module):
         return nn.functional.rms_norm(x, (len(self.weight),), self.weight, self.eps)
 
 
+class _LegibleLayerNorm(nn.Module):
+    """A layer norm that counts channels which are gone, as one operation that reads the same tensors."""
+
+    scale: Tensor
+
+    def __init__(self, norm: CountedLayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("scale", norm.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x * self.scale, (len(self.scale),), self.weight, self.bias)
+
+
 def averaging_norms(net: nn.Module) -> set[str]:
     """Return the names of the layer norms and RMS norms with a weight for each channel, in whatever class.
 
@@ -51,15 +65,17 @@ def averaging_norms(net: nn.Module) -> set[str]:
 
 
 def legible_norms(net: nn.Module) -> nn.Module:
-    """Have RMS norms of other classes run as one operation, which labels can follow; in place, weights kept."""
+    """Have norms that are written out run as one operation, which labels can follow; in place, weights kept."""
     for module in list(net.modules()):
-        if _is_rms_norm(module) and type(module) is not nn.RMSNorm:
+        if isinstance(module, CountedLayerNorm):
+            net = replace_everywhere(net, module, _LegibleLayerNorm(module))
+        elif _is_rms_norm(module) and type(module) is not nn.RMSNorm:
             net = replace_everywhere(net, module, _LegibleRMSNorm(module))
     return net
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
-    return type(module) in (nn.LayerNorm, CountedLayerNorm) and _is_vector(module.weight)
+    return type(module) in (nn.LayerNorm, _LegibleLayerNorm) and _is_vector(module.weight)
 
 
 def _is_rms_norm(module: Any) -> bool:

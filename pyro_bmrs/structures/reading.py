@@ -66,9 +66,7 @@ class Reading:
         if site.size == 1:
             return None  # a layer keeps its last structure, with noise 0 once it is removed
         if name in self.tracer.folds.normed:
-            norm = self.tracer.folds.normed[name]
-            kind = type(self.net.get_submodule(norm)).__name__
-            return f"{norm!r}, a {kind} behind it, divides the noise out again in training"
+            return self._normed(name)
         mask = torch.zeros(site.size, dtype=torch.bool)
         all_gone = {each: torch.zeros(other.size, dtype=torch.bool) for each, other in record.sites.items()}
         own = torch.cat([site.before, *([] if site.after is None else [site.after])])
@@ -78,6 +76,12 @@ class Reading:
         before = self._first_reason(site.before, "other layers read the same channels without it")
         after = self._first_reason(site.after, "other layers add to the same channels")
         return f"nothing can shrink in front of the noise ({before}) nor behind it ({after})"
+
+    def _normed(self, site: str) -> str:
+        """Return why there should be no noise in front of a batch norm."""
+        norm = self.tracer.folds.normed[site]
+        kind = type(self.net.get_submodule(norm)).__name__
+        return f"{norm!r}, a {kind} behind it, divides the noise out again in training"
 
     def _first_reason(self, classes: Tensor, otherwise: str) -> str:
         reasons = [self.classes.reasons[each] for each in classes.tolist() if each in self.classes.reasons]
@@ -153,9 +157,12 @@ class Reading:
                 refused[name] = str(reason)
                 continue
             groups.append((name, self._kind(classes, slots), classes, self._readers(slots)))
-        groups.extend(
-            (name, "output", record.sites[f"{name}.theta"].before, ()) for name in dict.fromkeys(self.outputs)
-        )
+        for name in dict.fromkeys(self.outputs):
+            own = f"{name}.theta"
+            if own in self.tracer.folds.normed:
+                refused[name] = self._normed(own)
+            else:
+                groups.append((name, "output", record.sites[own].before, ()))
         return groups, refused
 
     def _kind(self, classes: Tensor, slots: list[Slot]) -> Kind:
