@@ -1,0 +1,1 @@
+"""Other libraries' habits, each in a file that nothing else imports."""
