@@ -33,8 +33,11 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
         sessions = note_session(config, execution)
         split = _on_device(_load(config, execution), resolve_device(execution.device))
         net: Any = _build(config, execution, split)
-        # On a CPU convolutions of few channels take up to 1.5 times as long in the other layout.
-        net.to(memory_format=torch.channels_last)
+        if not is_pretrained(config.network):
+            # On a CPU convolutions of few channels take up to 1.5 times as long in the other layout. There torch 2.13.0
+            # corrupts memory in the backward pass of 1x1 convolutions of stride 2 and fewer than 8 channels, as in
+            # the shortcuts of a narrow ResNet.
+            net.to(memory_format=torch.channels_last)
         if config.method == "none":
             results = _dense(config, execution, net, split)
         elif config.method in PEERS:
