@@ -13,6 +13,7 @@ from typing import Any, get_args
 import tyro
 
 from analysis.config import METHODS, PEERS, RecipeName, RunConfig
+from analysis.pretrained import is_pretrained
 from analysis.recipes import dense_of, make_config
 from analysis.store import Store
 from analysis.typeset import Table, latex, markdown
@@ -60,7 +61,8 @@ def tabulate(results: Iterable[Result]) -> list[Table]:
     where the data are not quite the paper's, its accuracies are comparable no other way. A third has what is
     removed as the paper's code counts it, and a fourth how far the paper's recipe is from the paper.
     """
-    paper = json.loads(_PAPER.read_text(encoding="utf-8"))["table1"]
+    published = json.loads(_PAPER.read_text(encoding="utf-8"))
+    paper = published["table1"] | published["table2"]
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result["config"]["network"], result["config"]["pruning"]), []).append(result)
@@ -68,12 +70,52 @@ def tabulate(results: Iterable[Result]) -> list[Table]:
     tables = []
     for network, pruning in sorted(groups, key=lambda group: (group[1], networks.index(group[0]))):
         group, title = groups[network, pruning], _TITLES[network]
-        if pruning == "continuous":  # as the published table is
+        if is_pretrained(network):
+            tables += _as_table_2(title, group, paper.get(network, {}))
+        elif pruning == "continuous":  # as the published table is
             tables += _beside_published(title, group, paper.get(network, {}))
         else:
             stopped = [result for result in group if _point(result)]
             tables.append(_table(f"{title}, pruned after training", stopped, {}, _measured, _published))
     return [table for table in tables if table.rows]
+
+
+def _as_table_2(title: str, group: Sequence[Result], paper: Mapping[str, Any]) -> list[Table]:
+    """Return what a network that was trained before has come to, and what its removals are worth, one a data set."""
+    tables = [_table(title, group, paper, _measured, _published)]
+    for dataset in dict.fromkeys(result["config"]["dataset"] for result in group):
+        own = [result for result in group if result["config"]["dataset"] == dataset]
+        cells: dict[tuple[str, str, str], list[Result]] = {}
+        for result in own:
+            config = RunConfig(**result["config"])
+            cells.setdefault((config.recipe, config.method, _changes(config)), []).append(result)
+        rows = [
+            [row[0], f"{row[1]} ({row[2]})" if row[2] else row[1], *_worth(results)]
+            for row, results in sorted(cells.items(), key=lambda item: _rank(*item[0]))
+        ]
+        head = [
+            "recipe",
+            "method",
+            "removed %",
+            "as papers count that mask %",
+            "validation accuracy %",
+            "FLOPs",
+            "time",
+        ]
+        tables.append(Table(f"{title}, {_TITLES[dataset]}: what is removed, and what it saves", head, rows))
+    return tables
+
+
+def _worth(results: Sequence[Result]) -> list[str]:
+    """Return the cells of some seeds: both counts, validation accuracy, times fewer operations and times faster."""
+    counted = [100 * result["compression_reference"] for result in results if "compression_reference" in result]
+    return [
+        _mean_and_sd([100 * result["compression"] for result in results]),
+        _mean_and_sd(counted) if counted else "",
+        _mean_and_sd([100 * result["accuracy_validation"] for result in results]),
+        f"1/{statistics.fmean(result['flops_dense'] / result['flops_pruned'] for result in results):.1f}",
+        f"1/{statistics.fmean(result['latency_dense_ms'] / result['latency_pruned_ms'] for result in results):.1f}",
+    ]
 
 
 def _beside_published(title: str, group: Sequence[Result], paper: Mapping[str, Any]) -> list[Table]:
