@@ -100,7 +100,7 @@ _OURS: dict[tuple[str, str], _Ours] = {
     ("lenet5", "digits"): _Ours(1, 60, 20, 64, 4e-3, 0.2),
     ("resnet18", "digits"): _Ours(1, 4, 2, 64, 1e-3, 0.1),
     ("vit_s", "digits"): _Ours(1, 4, 2, 64, 1e-3, 0.1),
-    ("resnet18", "cifar10"): _Ours(20, 3, 1, 64, 1e-3, 0.05, pixels=(-1.9, 2.1)),
+    ("resnet18", "cifar10"): _Ours(30, 3, 1, 64, 1e-3, 0.05, pixels=(-1.9, 2.1)),
     ("vit_s", "cifar10"): _Ours(20, 3, 1, 64, 5e-4, 0.05, pixels=(-1.9, 2.1)),
     # Not run yet: they take a GPU.
     ("resnet50", "cifar10"): _Ours(20, 80, 20, 32, 6.8e-4, 0.01, pixels=(-1.9, 2.1)),

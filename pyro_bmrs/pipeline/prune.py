@@ -20,6 +20,7 @@ from pyro_bmrs.pipeline.guessing import after, guessed
 from pyro_bmrs.pipeline.tables import cost_table, structure_table
 from pyro_bmrs.structures.compact import compact, without_noise
 from pyro_bmrs.structures.copying import copied, undisturbed
+from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.inputs import Inputs, call, first_examples, on_device, refusing
 from pyro_bmrs.structures.structure_set import StructureSet
@@ -47,6 +48,8 @@ class Pruned:
         guide: Its posterior.
         structures: What could be removed, with the reasons for what could not.
         comparison: The network as it was given, and the smaller one.
+        rows_left: Parameters that would be left if every removed structure lost no more than the rows that make it, as
+            papers count whose networks are only masked; None where noise was placed by hand.
     """
 
     network: nn.Module
@@ -55,12 +58,18 @@ class Pruned:
     guide: TruncatedLogNormalGuide
     structures: StructureSet | None
     comparison: Comparison
+    rows_left: int | None = None
 
     def __str__(self) -> str:
         masks = {site.removesuffix(".theta"): mask for site, mask in self.result.masks.items()}
         sizes = {layer: len(mask) for layer, mask in masks.items()}
         kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
         text = f"{structure_table(sizes, kept)}\n\n{cost_table(self.comparison.rows(), 'as given')}"
+        if self.rows_left is not None and any(each.kind == "output" for each in (self.structures or {}).values()):
+            text += (
+                f"\n\nParameters left, as papers count whose networks are only masked: {self.rows_left:,} "
+                "(rows of masked outputs alone)"
+            )
         if not self.comparison.better_than_a_constant:
             text += (
                 "\n\nThe network as given names no more classes right than always the same one: it had not been "
@@ -152,7 +161,8 @@ def prune(
     result = fit(model, guide, source, held_out, **settings)
     smaller = compact(model, guide, None, few).to(device)
     comparison = compare([without_noise(net), smaller], likelihood, example, held_out or source)
-    return Pruned(smaller, result, model, guide, structures, comparison)
+    rows_left = None if structures is None else count_parameters(net, structures, result.masks, rows_only=True)
+    return Pruned(smaller, result, model, guide, structures, comparison, rows_left)
 
 
 def _likelihood(

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 import pyro_bmrs as bmrs
-from analysis.examples import compare_priors, inspect_posterior, long_fit, noise_by_hand, plain_loop, your_own
+from analysis.examples import (
+    compare_priors,
+    inspect_posterior,
+    long_fit,
+    noise_by_hand,
+    plain_loop,
+    select_features,
+    your_own,
+)
 
 
 def test_a_plain_loop(capsys):
@@ -53,6 +61,11 @@ def test_a_posterior_is_inspected(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 0 < int(re.search(r"kept: (\d+) of 20", printed).group(1)) < 20
     assert "expected log predictive density" in printed
+
+
+def test_features_are_selected(capsys):
+    assert (select_features.main() >= 0).tolist() == [False, True, False, True, True, True]
+    assert "Delta F in nats" in capsys.readouterr().out
 
 
 def test_two_priors_are_compared(capsys):

@@ -100,6 +100,17 @@ def test_it_prints_both_tables():
     assert "Not offered for removal: last" in text
 
 
+def test_noise_on_outputs_has_both_counts():
+    """As the paper places it: what is removed, and what would be counted where outputs are only masked."""
+    net = Net()
+    structures = bmrs.find_structures(net, X[:2], outputs=["first", "second"]).select(kinds="output")
+    pruned = bmrs.prune(net, TRAIN, VALIDATION, structures=structures, **SETTINGS)
+    gone = {site: int((~mask).sum()) for site, mask in pruned.result.masks.items()}
+    rows = 9 * gone["first.theta"] + 25 * gone["second.theta"]
+    assert pruned.rows_left == bmrs.count_parameters(net) - rows > bmrs.count_parameters(pruned.network)
+    assert f"only masked: {pruned.rows_left:,} (rows of masked outputs alone)" in str(pruned)
+
+
 def test_a_size():
     pruned = bmrs.prune(made(), TRAIN, VALIDATION, remove=0.7, **SETTINGS)
     dense, small = pruned.comparison.parameters
