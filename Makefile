@@ -26,6 +26,7 @@ gpu: $(INSTALLED)
 # make study STUDY="--device cuda --jobs 4 --data-dir data"
 study: $(INSTALLED)
 	$(BIN)/python -m analysis.study --grid table1 $(STUDY)
+	$(BIN)/python -m analysis.study --grid table2 $(STUDY)
 	$(BIN)/python -m analysis.study --grid caffe $(STUDY)
 	$(BIN)/python -m analysis.study --grid peers $(STUDY)
 	$(BIN)/python -m analysis.study --grid curves $(STUDY)
