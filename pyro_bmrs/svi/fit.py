@@ -108,7 +108,7 @@ def fit(
         unpack: From a batch to inputs and observations, where it is neither a pair nor a mapping with ``"labels"``.
         epochs: Epochs with noise; by default what 5,000 steps take, at least 3.
         fine_tune_epochs: Epochs without (of post-training pruning: after the last level); by default a third of
-            ``epochs``.
+            ``epochs``. In them the statistics of batch norms, which noise has widened, become those without noise.
         batch_size: At most this many examples per step, over all processes; by default a sixteenth of them, but 16 to
             64. A ``DataLoader`` and an iterable of batches have sizes of their own.
         lr: Initial learning rate of the weights.
