@@ -65,7 +65,7 @@ from pyro_bmrs.structures.cost import (
     measure_latency,
 )
 from pyro_bmrs.structures.discovery import find_structures
-from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter
+from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter, CountedLayerNorm
 from pyro_bmrs.structures.shrink import shrink
 from pyro_bmrs.structures.structure_set import Structure, StructureSet
 from pyro_bmrs.svi.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
@@ -104,6 +104,7 @@ __all__ = [
     "ChannelScale",
     "ChannelScatter",
     "Continuous",
+    "CountedLayerNorm",
     "Criterion",
     "Diagnostics",
     "DivergentIntegralError",

@@ -62,12 +62,14 @@ def from_pretrained(path: PathLike, model: nn.Module | None = None, **hub: Any) 
         The network in eval mode, on the CPU (or ``model``, on its device).
 
     Raises:
-        FileNotFoundError: If a file of the folder is missing.
+        FileNotFoundError: If the folder or a file of it is missing.
         OSError: If the download fails.
         ValueError: If the files are damaged, or transformers has no such class.
     """
     folder = _folder(path)
     if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) != 2:
+            raise FileNotFoundError(f"there is no folder {str(path)!r}, nor can that be a repository, 'owner/name'")
         from huggingface_hub import snapshot_download  # noqa: PLC0415  (optional, and slow to import)
 
         folder = Path(snapshot_download(str(path), allow_patterns=list(_FILES), **hub))

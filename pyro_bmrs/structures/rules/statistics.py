@@ -41,6 +41,7 @@ def _layer_norm(tracer: Tracer, call: Call) -> None:
     over = set(range(x.dim() - len(shape), x.dim()))
     operands = [tracer.operand(each, x.dim()) for each in (x, *call.args[2:4]) if isinstance(each, Tensor)]
     out: list[Tensor | None] = []
+    hint = "" if tracer.averaging else " (but see width=True)"
     for labels in tracer.combine(operands, f"{tracer.place()} normalises it with something that cannot shrink alike"):
         if support(labels) <= over:
             tracer.norms.append((labels, tracer.here))
@@ -48,9 +49,8 @@ def _layer_norm(tracer: Tracer, call: Call) -> None:
             tracer.average(labels, x, call.args[2])
             out.append(labels)
             continue
-        out.append(
-            tracer.labels.tie(labels, over, f"{tracer.place()} normalises over it, so that all others would change")
-        )
+        reason = f"{tracer.place()} normalises over it, so that all others would change{hint}"
+        out.append(tracer.labels.tie(labels, over, reason))
         if out[-1] is None:
             out[-1] = labels
     found = [each for each in out if each is not None]

@@ -100,6 +100,8 @@ def test_a_network_of_no_config_is_refused(tmp_path):
         huggingface.save_pretrained(nn.Linear(2, 2), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         huggingface.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere', nor can that be a repository"):
+        huggingface.from_pretrained(tmp_path / "nowhere")
 
 
 def test_a_class_that_transformers_lacks_is_asked_for(tmp_path):
