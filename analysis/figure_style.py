@@ -50,6 +50,10 @@ _NETWORKS = {
     "mlp_inputs": "MLP with input noise",
     "lenet5": "LeNet-5",
     "lenet5_caffe": "LeNet-5-Caffe",
+    "resnet18": "ResNet-18, narrow",
+    "resnet50": "ResNet-50",
+    "vit_s": "ViT, small",
+    "vit_b16": "ViT-B/16",
 }
 _DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "digits"}
 _AXES = (_NETWORKS, _DATASETS)
