@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from analysis.cache import cache_folder, cached
 from analysis.hub import ImageSet, image_set, locate
 
-__all__ = ["Split", "digits", "load"]
+__all__ = ["Split", "count_classes", "digits", "load"]
 
 _SPLIT_SEED = 0  # of the division into train, validation and test: the same for every run
 _FORMAT = 1  # of cached files; one more whenever decoding changes
@@ -91,6 +91,11 @@ def _decode(images: ImageSet, train: list[Path], test: list[Path], size: int | N
             "size to resize all to the same"
         )
     return {"images": x, "labels": y, "test_images": test_x, "test_labels": test_y}
+
+
+def count_classes(name: str) -> int:
+    """Return how many classes a data set has, the digits among them."""
+    return 10 if name == "digits" else image_set(name).classes
 
 
 def digits(size: int = 32) -> Split:

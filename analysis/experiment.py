@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from analysis.best_epoch import BestEpoch
 from analysis.config import PEERS, RunConfig
-from analysis.data import Split, digits, load
+from analysis.data import Split, count_classes, digits, load
 from analysis.dense import train_dense
 from analysis.execution import Execution, note_session, only_here, work_folder
-from analysis.hub import image_set
 from analysis.noisy_runs import execute_continuous, execute_post_training
 from analysis.peer_runs import execute_peer
 from analysis.pretrained import architecture, is_pretrained, trained, with_noise
@@ -92,7 +91,7 @@ def _build(config: RunConfig, execution: Execution, split: Split) -> nn.Module:
 
 
 def _trained_before(config: RunConfig, execution: Execution, split: Split) -> nn.Module:
-    classes = 10 if config.dataset == "digits" else image_set(config.dataset).classes
+    classes = count_classes(config.dataset)
     if config.method == "scratch":
         torch.manual_seed(config.seed)
         net: nn.Module = architecture(config, classes)

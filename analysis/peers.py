@@ -18,7 +18,7 @@ from pyro_bmrs.structures.compact import without_noise
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.points import replace_everywhere
 
-__all__ = ["Importance", "Ranking", "narrowed", "train_from_scratch", "train_peer", "without_noise"]
+__all__ = ["Importance", "Ranking", "narrowed", "train_from_scratch", "train_peer"]
 
 Importance = Literal["magnitude", "taylor", "group_norm"]
 Ranking = Literal["layer", "network"]

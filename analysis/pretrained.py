@@ -16,6 +16,7 @@ from analysis.config import PretrainedName, RunConfig
 from analysis.data import Split
 from analysis.dense import train_dense
 from analysis.execution import Execution, only_here, work_folder
+from analysis.recipes import dense_of
 from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["Logits", "architecture", "is_pretrained", "trained", "with_noise"]
@@ -47,39 +48,47 @@ def is_pretrained(network: str) -> bool:
 
 def architecture(config: RunConfig, classes: int) -> Logits:
     """Return a network with random weights, drawn from the global random state."""
-    import transformers  # noqa: PLC0415  (slow)
+    return Logits((_resnet if config.network.startswith("resnet") else _vit)(config, classes))
 
-    if config.network in ("resnet18", "resnet50"):
-        basic = config.network == "resnet18"
-        first = config.hidden or (64 if basic else 256)
-        net = transformers.ResNetForImageClassification(
-            transformers.ResNetConfig(
-                embedding_size=min(first, 64),
-                hidden_sizes=[first, 2 * first, 4 * first, 8 * first],
-                depths=[2, 2, 2, 2] if basic else [3, 4, 6, 3],
-                layer_type="basic" if basic else "bottleneck",
-                num_labels=classes,
-            )
-        )
-        if config.image_size < _SMALL_IMAGES:
-            embedder = net.resnet.embedder
-            embedder.embedder.convolution = nn.Conv2d(3, min(first, 64), 3, 2, padding=1, bias=False)
-            embedder.pooler = nn.Identity()
-        return Logits(net)
-    width = config.hidden or (384 if config.network == "vit_s" else 768)
-    return Logits(
-        transformers.ViTForImageClassification(
-            transformers.ViTConfig(
-                hidden_size=width,
-                num_hidden_layers=config.layers or 12,
-                num_attention_heads=width // 64 if width >= 192 else width // 16,
-                intermediate_size=4 * width,
-                image_size=config.image_size,
-                patch_size=4 if config.image_size < _SMALL_IMAGES else 16,
-                num_labels=classes,
-            )
+
+def _resnet(config: RunConfig, classes: int) -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification  # noqa: PLC0415  (slow)
+
+    basic = config.network == "resnet18"
+    first = config.hidden or (64 if basic else 256)
+    stem = min(first, 64)
+    net: Any = ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=stem,
+            hidden_sizes=[first, 2 * first, 4 * first, 8 * first],
+            depths=[2, 2, 2, 2] if basic else [3, 4, 6, 3],
+            layer_type="basic" if basic else "bottleneck",
+            num_labels=classes,
         )
     )
+    if config.image_size < _SMALL_IMAGES:
+        embedder = net.resnet.embedder
+        embedder.embedder.convolution = nn.Conv2d(3, stem, 3, 2, padding=1, bias=False)
+        embedder.pooler = nn.Identity()
+    return net
+
+
+def _vit(config: RunConfig, classes: int) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification  # noqa: PLC0415  (slow)
+
+    width = config.hidden or (384 if config.network == "vit_s" else 768)
+    net: nn.Module = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=config.layers or 12,
+            num_attention_heads=width // 64 if width >= 192 else width // 16,
+            intermediate_size=4 * width,
+            image_size=config.image_size,
+            patch_size=4 if config.image_size < _SMALL_IMAGES else 16,
+            num_labels=classes,
+        )
+    )
+    return net
 
 
 def trained(config: RunConfig, execution: Execution, split: Split, classes: int) -> Logits:
@@ -95,7 +104,7 @@ def trained(config: RunConfig, execution: Execution, split: Split, classes: int)
     net = architecture(before, classes).to(split.train[0].device)
     folder = work_folder(before, execution)
     with only_here(folder):
-        rates = (before.pretrain_epochs, before.batch_size, _LR, before.seed)
+        rates = (before.epochs, before.batch_size, before.lr, before.seed)
         train_dense(net, split.train, *rates, validation=split.validation, folder=folder)
     return net
 
@@ -116,12 +125,18 @@ def _from_folder(config: RunConfig, execution: Execution, classes: int) -> nn.Mo
 
 def _pretraining(config: RunConfig) -> RunConfig:
     """Return what names the training before, which all runs of one network share."""
-    same: dict[str, Any] = {"method": "pretraining", "recipe": "ours", "seed": 0, "epochs": 0, "fine_tune_epochs": 0}
-    same |= {"lr": _LR, "posterior_lr": _LR, "kl_weight": 1.0, "kl_warmup_epochs": 0, "prune_from": 1, "prune_until": 0}
-    same |= {"prior_log_odds": 0.0, "p2": None, "granularity": "shared", "pruning": "continuous", "decay": True}
-    same |= {"budget": 0.0, "ranking": "layer", "widths": (), "match_by": "parameters", "log_high": 0.0}
-    same |= {"placement": "readers", "kl_by_cost": False, "kl_priced_at": (), "best_of": 0, "noise_before_pool": False}
-    return replace(config, **same)
+    return replace(
+        dense_of(config),
+        method="pretraining",
+        recipe="ours",
+        seed=0,
+        epochs=config.pretrain_epochs,
+        lr=_LR,
+        posterior_lr=_LR,
+        decay=True,
+        best_of=0,
+        placement="readers",
+    )
 
 
 def with_noise(net: nn.Module, config: RunConfig, images: Tensor) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor
 import pyro_bmrs as bmrs
 from analysis.command import command
 from analysis.config import PretrainedName
+from analysis.data import count_classes
 from analysis.pretrained import architecture
 from analysis.recipes import make_config
 from pyro_bmrs.io.files import write_json
@@ -60,7 +61,7 @@ def main(config: PrunedLatency) -> list[dict[str, Any]]:
 def _rows(config: PrunedLatency, network: str) -> Iterator[dict[str, Any]]:
     run = make_config(config.dataset, network, "none", "ours", config.seed)
     torch.manual_seed(config.seed)
-    net = architecture(run, classes=10).eval()
+    net = architecture(run, count_classes(config.dataset)).eval()
     x = torch.randn(config.batch, 3, run.image_size, run.image_size)
     started = time.perf_counter()
     structures = bmrs.find_structures(net, x[:2], width=config.width)

@@ -70,43 +70,39 @@ def tabulate(results: Iterable[Result]) -> list[Table]:
     tables = []
     for network, pruning in sorted(groups, key=lambda group: (group[1], networks.index(group[0]))):
         group, title = groups[network, pruning], _TITLES[network]
-        if is_pretrained(network):
-            tables += _as_table_2(title, group, paper.get(network, {}))
-        elif pruning == "continuous":  # as the published table is
-            tables += _beside_published(title, group, paper.get(network, {}))
+        if pruning == "continuous":  # as the published tables are
+            make = _of_second_table if is_pretrained(network) else _beside_published
+            tables += make(title, group, paper.get(network, {}))
         else:
             stopped = [result for result in group if _point(result)]
             tables.append(_table(f"{title}, pruned after training", stopped, {}, _measured, _published))
     return [table for table in tables if table.rows]
 
 
-def _as_table_2(title: str, group: Sequence[Result], paper: Mapping[str, Any]) -> list[Table]:
-    """Return what a network that was trained before has come to, and what its removals are worth, one a data set."""
+def _of_second_table(title: str, group: Sequence[Result], paper: Mapping[str, Any]) -> list[Table]:
+    """Return the accuracies of a network trained before, and for each data set what removal saves."""
     tables = [_table(title, group, paper, _measured, _published)]
+    head = ["recipe", "method", "removed %", "counted where only masked %", "validation accuracy %", "FLOPs", "time"]
     for dataset in dict.fromkeys(result["config"]["dataset"] for result in group):
         own = [result for result in group if result["config"]["dataset"] == dataset]
-        cells: dict[tuple[str, str, str], list[Result]] = {}
-        for result in own:
-            config = RunConfig(**result["config"])
-            cells.setdefault((config.recipe, config.method, _changes(config)), []).append(result)
-        rows = [
-            [row[0], f"{row[1]} ({row[2]})" if row[2] else row[1], *_worth(results)]
-            for row, results in sorted(cells.items(), key=lambda item: _rank(*item[0]))
-        ]
-        head = [
-            "recipe",
-            "method",
-            "removed %",
-            "as papers count that mask %",
-            "validation accuracy %",
-            "FLOPs",
-            "time",
-        ]
+        rows = [[*label, *_savings(results)] for label, results in _by_row(own)]
         tables.append(Table(f"{title}, {_TITLES[dataset]}: what is removed, and what it saves", head, rows))
     return tables
 
 
-def _worth(results: Sequence[Result]) -> list[str]:
+def _by_row(results: Sequence[Result]) -> list[tuple[list[str], list[Result]]]:
+    """Return the recipe and method of each row, in order, with its results."""
+    rows: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        config = RunConfig(**result["config"])
+        rows.setdefault((config.recipe, config.method, _changes(config)), []).append(result)
+    return [
+        ([recipe, f"{method} ({changes})" if changes else method], rows[recipe, method, changes])
+        for recipe, method, changes in sorted(rows, key=lambda row: _rank(*row))
+    ]
+
+
+def _savings(results: Sequence[Result]) -> list[str]:
     """Return the cells of some seeds: both counts, validation accuracy, times fewer operations and times faster."""
     counted = [100 * result["compression_reference"] for result in results if "compression_reference" in result]
     return [
@@ -147,23 +143,18 @@ def _table(
         here: Returns a cell of results of one row on one data set.
         there: Returns that beside it, where there are results, of a data set's published numbers and a method.
     """
-    cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
-    for result in results:
-        config = RunConfig(**result["config"])
-        row = (config.recipe, config.method, _changes(config))
-        cells.setdefault(row, {}).setdefault(config.dataset, []).append(result)
-    datasets = [name for name in _TITLES if any(name in row for row in cells.values())]
+    datasets = [name for name in _TITLES if any(result["config"]["dataset"] == name for result in results)]
     head = ["recipe", "method"]
     for name in datasets:
         head += [_TITLES[name], f"{_TITLES[name]}, paper"] if name in paper else [_TITLES[name]]
     rows = []
-    for (recipe, method, changes), by_dataset in sorted(cells.items(), key=lambda item: _rank(*item[0])):
-        line = [recipe, f"{method} ({changes})" if changes else method]
+    for label, group in _by_row(results):
+        line = list(label)
         for name in datasets:
-            known = by_dataset.get(name, [])
+            known = [result for result in group if result["config"]["dataset"] == name]
             line.append(here(known))
             if name in paper:
-                line.append(there(paper[name], method) if known else "")
+                line.append(there(paper[name], group[0]["config"]["method"]) if known else "")
         rows.append(line)
     return Table(title, head, rows)
 

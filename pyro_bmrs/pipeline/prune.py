@@ -48,7 +48,7 @@ class Pruned:
         guide: Its posterior.
         structures: What could be removed, with the reasons for what could not.
         comparison: The network as it was given, and the smaller one.
-        rows_left: Parameters that would be left if every removed structure lost no more than the rows that make it, as
+        masked_parameters: Parameters that would be left if every removed structure lost only the rows that make it, as
             papers count whose networks are only masked; None where noise was placed by hand.
     """
 
@@ -58,16 +58,17 @@ class Pruned:
     guide: TruncatedLogNormalGuide
     structures: StructureSet | None
     comparison: Comparison
-    rows_left: int | None = None
+    masked_parameters: int | None = None
 
     def __str__(self) -> str:
         masks = {site.removesuffix(".theta"): mask for site, mask in self.result.masks.items()}
         sizes = {layer: len(mask) for layer, mask in masks.items()}
         kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
         text = f"{structure_table(sizes, kept)}\n\n{cost_table(self.comparison.rows(), 'as given')}"
-        if self.rows_left is not None and any(each.kind == "output" for each in (self.structures or {}).values()):
+        offered = {} if self.structures is None else self.structures
+        if self.masked_parameters is not None and any(each.kind == "output" for each in offered.values()):
             text += (
-                f"\n\nParameters left, as papers count whose networks are only masked: {self.rows_left:,} "
+                f"\n\nParameters left, as papers count whose networks are only masked: {self.masked_parameters:,} "
                 "(rows of masked outputs alone)"
             )
         if not self.comparison.better_than_a_constant:
@@ -161,8 +162,8 @@ def prune(
     result = fit(model, guide, source, held_out, **settings)
     smaller = compact(model, guide, None, few).to(device)
     comparison = compare([without_noise(net), smaller], likelihood, example, held_out or source)
-    rows_left = None if structures is None else count_parameters(net, structures, result.masks, rows_only=True)
-    return Pruned(smaller, result, model, guide, structures, comparison, rows_left)
+    masked = None if structures is None else count_parameters(net, structures, result.masks, rows_only=True)
+    return Pruned(smaller, result, model, guide, structures, comparison, masked)
 
 
 def _likelihood(

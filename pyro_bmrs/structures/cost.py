@@ -57,7 +57,7 @@ def count_parameters(
     if structures is None or masks is None:
         return sum(parameter.numel() for parameter in with_fixed_weights(net).parameters())
     record, masks = _masked(net, structures, masks)
-    return record.count_rows(masks) if rows_only else record.count_parameters(record.dead(masks))
+    return record.count_if_masked(masks) if rows_only else record.count_parameters(record.dead(masks))
 
 
 def count_flops(

@@ -5,7 +5,6 @@ stands inside the network its products are channels of classes of their own. Eve
 structures reads this record and nothing else.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -252,17 +251,13 @@ class Record:
         """Return the number of parameters once classes are gone."""
         return int(sum(each.total(dead) for each in self.parameter_products()))
 
-    def count_rows(self, masks: Mapping[str, Tensor]) -> int:
-        """Return the number of parameters if masked structures lose no more than the rows that make them."""
+    def count_if_masked(self, masks: Mapping[str, Tensor]) -> int:
+        """Return the number of parameters if masked structures lost no more than the rows that make them."""
         gone = self.nothing()
         for site, mask in masks.items():
             gone[self.sites[site].before[~mask.cpu()]] = True
-        total = 0
-        for name in self.parameters:
-            axes = {slot: axis for slot, axis in self.slots.items() if slot[0] == name}
-            left = [len(axis) if slot in self.reading else int((~_at(gone, axis)).sum()) for slot, axis in axes.items()]
-            total += math.prod(left)
-        return total
+        kept = {slot: torch.full_like(self.slots[slot], FIXED) for slot in self.reading}
+        return replace(self, slots=self.slots | kept, sites={}).count_parameters(gone)
 
     def savings(self, cost: Literal["parameters", "flops"], dead: Tensor) -> Tensor:
         """Return what each class costs, of shape ``(count,)``: what its removal alone would save."""

@@ -172,9 +172,9 @@ def cut(net: nn.Module, record: Record, masks: Mapping[str, Tensor], values: Map
     left: dict[str, list[nn.Module]] = {}
     for name, site in record.sites.items():
         left[name] = _left_behind(net, record, site, values[name], dead)
-    before_norms = {norm: _scale_of_norm(record, norm, values) for norm in record.averaged}
+    norm_scales = {norm: _scale_of_norm(record, norm, values) for norm in record.averaged}
     cut_tensors(net, record, dead)
-    net = narrow_norms(net, record, dead, before_norms)
+    net = narrow_norms(net, record, dead, norm_scales)
     for name, modules in left.items():
         site = record.sites[name]
         if name in scales:

@@ -9,8 +9,9 @@ from torch import nn
 import pyro_bmrs as bmrs
 from analysis.data import digits
 from analysis.dense import accuracy
-from analysis.peers import narrowed, train_from_scratch, train_peer, without_noise
+from analysis.peers import narrowed, train_from_scratch, train_peer
 from models import lenet5, mlp
+from pyro_bmrs.structures.compact import without_noise
 
 IMPORTANCES = ["magnitude", "taylor", "group_norm"]
 SETTINGS = {"batch_size": 64, "lr": 4e-3, "seed": 0}

@@ -107,8 +107,8 @@ def test_noise_on_outputs_has_both_counts():
     pruned = bmrs.prune(net, TRAIN, VALIDATION, structures=structures, **SETTINGS)
     gone = {site: int((~mask).sum()) for site, mask in pruned.result.masks.items()}
     rows = 9 * gone["first.theta"] + 25 * gone["second.theta"]
-    assert pruned.rows_left == bmrs.count_parameters(net) - rows > bmrs.count_parameters(pruned.network)
-    assert f"only masked: {pruned.rows_left:,} (rows of masked outputs alone)" in str(pruned)
+    assert pruned.masked_parameters == bmrs.count_parameters(net) - rows > bmrs.count_parameters(pruned.network)
+    assert f"only masked: {pruned.masked_parameters:,} (rows of masked outputs alone)" in str(pruned)
 
 
 def test_a_size():
