@@ -153,3 +153,32 @@ def test_rows_are_counted_as_a_masked_network_is():
     assert bmrs.count_parameters(net, structures, masks, rows_only=True) == total - 3 * (5 + 2)
     assert bmrs.count_parameters(net, structures, masks) == total - 3 * (5 + 2 + 3)
     assert bmrs.count_parameters(copy.deepcopy(net)) == total
+
+
+class Shared(nn.Module):
+    """Two norms of one weight, or one norm that is used twice."""
+
+    def __init__(self, norm, tied):
+        super().__init__()
+        self.embed, self.first, self.second = nn.Linear(5, 12), norm(12), norm(12)
+        self.inner, self.outer, self.head = nn.Linear(12, 9), nn.Linear(9, 12), nn.Linear(12, 3)
+        if tied:
+            self.second.weight = self.first.weight
+        else:
+            self.second = self.first
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.head(self.second(h + self.outer(self.inner(self.first(h)).relu())))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("tied", [False, True])
+def test_norms_that_share_are_exact_or_refused(norm, tied):
+    torch.manual_seed(0)
+    net, x = Shared(norm, tied).double(), torch.randn(6, 5, dtype=torch.float64)
+    structures = bmrs.find_structures(net, x, width=True)
+    assert ("embed" in structures) == (not (tied and norm is nn.RMSNorm))  # whose weight would be scaled twice
+    model, guide, masks, _ = masked(net, structures, x)
+    with torch.no_grad():
+        assert difference(bmrs.compact(model, guide, masks, x)(x), bmrs.predict(model, guide, x, masks)) < 1e-12
