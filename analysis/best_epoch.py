@@ -13,10 +13,10 @@ __all__ = ["BestEpoch"]
 
 
 class BestEpoch(Callback):
-    """Keeps what the best of the last epochs came to, the first of equals; for a training that may be interrupted.
+    """Keeps the state of the best of the last epochs, the first of equals; for a training that may be interrupted.
 
     Args:
-        modules: What is to go back, by a name each; nothing is removed from them during those epochs.
+        modules: What is restored, by name; nothing is removed from them during those epochs.
         last: How many epochs at the end of the training compete; with 0 its end is what counts.
         folder: Where to keep the best so far.
     """

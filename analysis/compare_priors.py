@@ -118,7 +118,7 @@ def _begun(config: ComparePriors, output: Path) -> dict[str, Any]:
     }
 
 
-def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Split) -> list[bmrs.Replica]:
+def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Split) -> list[bmrs.EnsembleMember]:
     """Return the fits of all seeds: at once, but one by one where there is more than noise."""
     shared: dict[str, Any] = {
         **{name: settings[name] for name in ("epochs", "batch_size", "lr", "posterior_lr")},
@@ -136,7 +136,9 @@ def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Spl
     for seed in settings["seeds"]:
         torch.manual_seed(seed)
         model, guide = make()
-        replicas.append(bmrs.Replica(seed, model, guide, bmrs.fit(model, guide, split.train, seed=seed, **shared)))
+        replicas.append(
+            bmrs.EnsembleMember(seed, model, guide, bmrs.fit(model, guide, split.train, seed=seed, **shared))
+        )
     return replicas
 
 
@@ -144,7 +146,7 @@ def _fine_tune_epochs(settings: dict[str, Any]) -> int:
     return int(settings["epochs"]) // (3 if settings["data"] == "digits" else 2)
 
 
-def _judged(replicas: list[bmrs.Replica], split: Split, draws: int) -> dict[str, list[Any]]:
+def _judged(replicas: list[bmrs.EnsembleMember], split: Split, draws: int) -> dict[str, list[Any]]:
     """Return the scores of each seed, by name."""
     found: dict[str, list[Any]] = {}
     for replica in replicas:
@@ -170,7 +172,7 @@ def _posterior_file(output: Path, prior: str) -> Path:
     return output / "posteriors" / f"{re.sub(r'[^a-z0-9]+', '_', prior.lower()).strip('_')}.nc"
 
 
-def _keep_posterior(replica: bmrs.Replica, split: Split, draws: int, path: Path) -> None:
+def _keep_posterior(replica: bmrs.EnsembleMember, split: Split, draws: int, path: Path) -> None:
     """Write what ArviZ compares: draws of the posterior, and what they say of training examples."""
     x, y = split.train
     data = bmrs.to_arviz(replica.model, replica.guide, (x[:_LOOKED_AT], y[:_LOOKED_AT]), draws=draws)

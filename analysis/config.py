@@ -22,7 +22,7 @@ PEERS = ("tp_magnitude", "tp_taylor", "tp_group_norm", "scratch")  # of the reci
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides what one run comes to; where and how fast it is executed does not belong here.
+    """All that decides the results of one run; where and how fast it is executed does not belong here.
 
     Attributes:
         dataset: Its short name.

@@ -101,7 +101,7 @@ def _grid(examples: int) -> list[dict[str, Any]]:
 
 
 def _runs(problem: Problem, setting: dict[str, Any], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Return the medians over seeds of what fits come to."""
+    """Return the medians over seeds of the figures of fits."""
     found = [_run(problem, setting, seed) for seed in seeds]
     return {key: round(statistics.median(run[key] for run in found), 4) for key in found[0]}
 

@@ -1,8 +1,7 @@
-"""The point of comparison: the same network trained as long, without noise."""
+"""The point of comparison: the same network trained as long, without noise, by the library's own training loop."""
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_bmrs.modes import evaluating
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, JSONLines
-from pyro_bmrs.svi.checkpoint import State, optimizer_tensors, read_checkpoint, restore_optimizer, write_checkpoint
+from pyro_bmrs.svi.checkpoint import State, read_checkpoint, write_checkpoint
+from pyro_bmrs.svi.data.in_memory import InMemory
+from pyro_bmrs.svi.devices import keep_freed_memory, make_fabric
+from pyro_bmrs.svi.schedule import Rates
+from pyro_bmrs.svi.steps import Step, eager_step
+from pyro_bmrs.svi.training import Trainee, Trainer
 
-__all__ = ["accuracy", "outputs", "train_dense"]
+__all__ = ["PlainNetwork", "accuracy", "cosine_rates", "outputs", "train_dense"]
 
 _BATCH = 1024
 
@@ -50,21 +52,23 @@ def train_dense(
         validation: Data on which to measure the accuracy after every epoch.
         folder: Where to keep ``metrics.jsonl`` and a checkpoint, from which the next call goes on to the same result.
         checkpoint_every: Epochs between checkpoints.
-        callbacks: Hear of the start and of every epoch.
+        callbacks: Called at the start and at every epoch.
 
     Returns:
         A record for each epoch.
     """
-    training = _Training(net, data, epochs, batch_size, lr, seed, decay)
+    network = PlainNetwork(net, data, batch_size, seed)
+    training = _Training(network, Trainer(network, cosine_rates(lr, epochs, decay)))
     path = None if folder is None else folder / "checkpoint" / "dense.safetensors"
     if path is not None and path.exists():
         training.restore(read_checkpoint(path))
-    told = Callbacks([*callbacks, *([] if folder is None else [JSONLines(folder / "metrics.jsonl")])])
-    with closing(told):
-        told.on_start(epochs, training.history)
+    with closing(
+        Callbacks([*callbacks, *([] if folder is None else [JSONLines(folder / "metrics.jsonl")])])
+    ) as all_callbacks:
+        all_callbacks.on_start(epochs, training.history)
         while len(training.history) < epochs:
             record = training.epoch(validation)
-            told.on_epoch_end(record)
+            all_callbacks.on_epoch_end(record)
             if path is not None and (record["epoch"] % checkpoint_every == 0 or record["epoch"] == epochs):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_checkpoint(path, training.state())
@@ -72,37 +76,62 @@ def train_dense(
     return training.history
 
 
-class _Training:
-    """Network, optimiser, schedule and data order, and what the epochs so far have come to."""
+def cosine_rates(lr: float, epochs: int, decay: bool = True) -> Rates:
+    """Return the learning rates of a training without noise, along a cosine to zero if they decay."""
+    return Rates(lr, lr, epochs, noisy_epochs=0, kl_warmup_epochs=0, decay=decay)
 
-    def __init__(
-        self,
-        net: nn.Module,
-        data: tuple[Tensor, Tensor],
-        epochs: int,
-        batch_size: int,
-        lr: float,
-        seed: int,
-        decay: bool,
-    ) -> None:
-        self.net, self.data = net, data
-        self.steps = math.ceil(len(data[0]) / batch_size)
-        self.optimizer = Adam(net.parameters(), lr, fused=True)
-        self.schedule = CosineAnnealingLR(self.optimizer, epochs * self.steps) if decay else None
+
+class PlainNetwork(Trainee):
+    """A classifier without noise, trained on the cross-entropy.
+
+    Args:
+        net: The network, on the device of the data.
+        data: Inputs, floating-point or bytes, and labels.
+        batch_size: At most this many examples per step.
+        seed: Of the data order.
+    """
+
+    def __init__(self, net: nn.Module, data: tuple[Tensor, Tensor], batch_size: int, seed: int) -> None:
+        self.net, self.data = net, InMemory(*data, "train", batch_size)
+        self.fabric = make_fabric(data[0].device, "32-true")
+        keep_freed_memory(self.fabric.device)
+        self.steps_per_epoch = self.data.steps
         self.order = Generator().manual_seed(seed)
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.net.parameters()), []
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        for (x, y), batch_weight in self.data.shuffled(self.order, self.fabric):
+            yield to_input(x), y, batch_weight
+
+    def fine_tune_step(self, optimizer: torch.optim.Optimizer) -> Step:
+        def loss_of(x: Tensor, y: Tensor, kl_weight: float, batch_weight: float) -> Tensor:
+            return batch_weight * cross_entropy(self.net(x), y)
+
+        return eager_step(loss_of, optimizer)
+
+    def prepare(self) -> None:
+        self.net.train()
+
+    def state(self) -> State:
+        return State({"order": self.order.get_state()})
+
+    def restore(self, state: State) -> None:
+        self.order.set_state(state.tensors["order"].cpu())
+
+
+class _Training:
+    """A training under way, with the records of its epochs so far."""
+
+    def __init__(self, network: PlainNetwork, trainer: Trainer) -> None:
+        self.net, self.trainer = network.net, trainer
         self.history: list[dict[str, Any]] = []
 
     def epoch(self, validation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
         """Run one epoch and return its record."""
         started = time.perf_counter()
-        x, y = self.data
-        self.net.train()
-        for batch in torch.randperm(len(x), generator=self.order).to(x.device).tensor_split(self.steps):
-            self.optimizer.zero_grad()
-            cross_entropy(self.net(to_input(x[batch])), y[batch]).backward()
-            self.optimizer.step()
-            if self.schedule is not None:
-                self.schedule.step()
+        self.trainer.fine_tune_epoch()
         record: dict[str, Any] = {"epoch": len(self.history) + 1, "phase": "dense", "compression": 0.0}
         if validation is not None:
             record["accuracy_validation"] = accuracy(outputs(self.net, validation[0]), validation[1])
@@ -112,23 +141,16 @@ class _Training:
 
     def state(self) -> State:
         """Return all that a resumed training needs to know."""
-        tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
-        tensors |= {**optimizer_tensors(self.optimizer), "order": self.order.get_state()}
-        schedule = None if self.schedule is None else self.schedule.state_dict()
-        lr = self.optimizer.param_groups[0]["lr"]
-        info = {"history": self.history, "schedule": schedule, "lr": lr}
-        return State(tensors, info)
+        own = self.trainer.state()
+        weights = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        return State({**weights, **own.tensors}, {**own.info, "history": self.history})
 
     def restore(self, state: State) -> None:
         """Take up what ``state`` returned."""
         prefix = "net."
         weights = {name[len(prefix) :]: value for name, value in state.tensors.items() if name.startswith(prefix)}
         self.net.load_state_dict(weights)
-        restore_optimizer(self.optimizer, state.tensors)
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state.info["schedule"])
-        self.optimizer.param_groups[0]["lr"] = state.info["lr"]
-        self.order.set_state(state.tensors["order"].cpu())
+        self.trainer.restore(state)
         self.history = state.info["history"]
 
 

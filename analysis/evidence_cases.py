@@ -20,6 +20,7 @@ from analysis.evidence_figures import draw_pair
 from models import mlp
 from pyro_bmrs.bmr.free_form import log_parabola_moment
 from pyro_bmrs.model.noise import supply_noise
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["digits_case", "linear_case", "mnist_case", "refitted_case"]
@@ -53,7 +54,7 @@ def linear_case(config: Any) -> list[dict[str, Any]]:
     gram, score = _regressions(config.problems, generator)
     prior = bmrs.LogUniform(torch.tensor(_LOW).double(), torch.tensor(_HIGH).double())
     exact, marginals = _exact(gram, score)
-    with torch.random.fork_rng([]):
+    with local_seed(devices=[]):
         torch.manual_seed(config.seed)
         elbo, posterior = _mean_field(gram, score, prior, torch.ones(2), 1500)
         refitted = []
@@ -304,7 +305,7 @@ def _together(model: Any, guide: Any, data: Any, delta_f: Tensor, again: dict[st
 
 
 def _in_stages(model: Any, guide: Any, data: Any, stages: int) -> Tensor:
-    """Return the evidence of each structure with those gone that went before it."""
+    """Return the evidence of each structure without those that were removed before it."""
     x, y = data
     structures = bmrs.find_structures(model.net, x[:2])
     context = bmrs.PruningContext(model.eval(), guide, structures, x[:256], y[:256])

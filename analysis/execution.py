@@ -17,7 +17,7 @@ __all__ = [
     "epochs_planned",
     "is_running",
     "note_session",
-    "only_here",
+    "run_lock",
     "shared_training",
     "work_folder",
 ]
@@ -28,10 +28,10 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed, none of which changes what it comes to by more than rounding.
+    """How a run is executed, none of which changes its results by more than rounding.
 
     Attributes:
-        work: Folder of checkpoints, one folder a run; workers on several machines share it.
+        work: Folder of checkpoints, one folder per run; workers on several machines share it.
         data_dir: See ``analysis.data.load``.
         device: ``"auto"`` takes CUDA if there is a device.
         threads: Of the CPU, for one run.
@@ -55,7 +55,7 @@ def work_folder(config: RunConfig, execution: Execution) -> Path:
 
 
 @contextmanager
-def only_here(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold a lock that goes with the process, so that no two runs write the same checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / _LOCK):

@@ -9,7 +9,7 @@ from analysis.best_epoch import BestEpoch
 from analysis.config import PEERS, RunConfig
 from analysis.data import Split, count_classes, digits, load
 from analysis.dense import train_dense
-from analysis.execution import Execution, note_session, only_here, work_folder
+from analysis.execution import Execution, note_session, run_lock, work_folder
 from analysis.noisy_runs import execute_continuous, execute_post_training
 from analysis.peer_runs import execute_peer
 from analysis.pretrained import architecture, is_pretrained, trained, with_noise
@@ -28,7 +28,7 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
     Two calls for the same run, in whatever processes, wait for each other.
     """
     torch.set_num_threads(execution.threads)
-    with only_here(work_folder(config, execution)):
+    with run_lock(work_folder(config, execution)):
         sessions = note_session(config, execution)
         split = _on_device(_load(config, execution), resolve_device(execution.device))
         net: Any = _build(config, execution, split)

@@ -1,4 +1,4 @@
-"""How figures look: one colour and marker a method, the same in all of them, told apart by everyone."""
+"""How figures look: one colour and marker per method, the same in all figures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

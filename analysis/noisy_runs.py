@@ -14,7 +14,7 @@ from analysis.best_epoch import BestEpoch
 from analysis.config import METHODS, RunConfig
 from analysis.data import Split
 from analysis.dense import accuracy
-from analysis.execution import LEVELS, Execution, only_here, shared_training, work_folder
+from analysis.execution import LEVELS, Execution, run_lock, shared_training, work_folder
 from analysis.rank_correlation import spearman
 from analysis.recipes import criterion
 from analysis.reference_count import reference_compression
@@ -33,7 +33,7 @@ def execute_continuous(config: RunConfig, execution: Execution, net: nn.Module, 
     """Carry out a run that removes structures while training, or what is left of it, and return its results."""
     dense = copy.deepcopy(net).to(split.train[0].device)
     model, guide = _program(config, net, split.train[0])
-    # Cutting while training is a matter of speed alone unless norms lose the weights of what has gone.
+    # Cutting while training is a matter of speed alone unless norms lose the weights of removed structures.
     shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
     folder = work_folder(config, execution)
     best = BestEpoch({"model": model, "guide": guide}, config.best_of, folder)
@@ -56,7 +56,7 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
     model, guide = _program(config, net, split.train[0])
     fit = _fit(config, execution, model, guide, split)
     shared_folder = work_folder(shared_training(config), execution)
-    with only_here(shared_folder):
+    with run_lock(shared_folder):
         trained = fit(folder=shared_folder, criterion=None, epochs=config.epochs, fine_tune_epochs=0)
     scores = _scores(model, guide, config, split)
     chosen, judge = scores[config.method], criterion(config, split.train)

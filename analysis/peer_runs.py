@@ -38,14 +38,14 @@ def peers_beside(
     ranking: Literal["layer", "network"],
     **settings: Any,
 ) -> list[RunConfig]:
-    """Return the runs of peers at the sizes that BMRS_N has come to by our recipe, seed by seed.
+    """Return the runs of peers at the sizes that BMRS_N has reached by our recipe, seed by seed.
 
     The budget is the mean compression over the seeds; the widths, of ``"scratch"``, are those of the same seed's run.
 
     Args:
         results: Of any runs.
         datasets: Which to take.
-        networks: Likewise.
+        networks: Which to take.
         methods: Of ``PEERS``.
         seeds: Of the peers. Where one of them is not among our runs, those of its data set, network and weight of the
             KL do not count.
@@ -73,7 +73,7 @@ def peers_beside(
     if not complete:
         asked = " ".join(map(str, seeds))
         raise ValueError(
-            "peers prune to the size that BMRS_N comes to by our recipe, but there are no such results of all seeds "
+            "peers prune to the size that BMRS_N reaches by our recipe, but there are no such results of all seeds "
             f"{asked} with these settings: first run python -m analysis.study --grid table1 --recipe ours "
             f"--methods BMRS_N --seeds {asked}"
         )

@@ -1,9 +1,9 @@
 """Peers on the same work: torch-pruning's importances at our parameter budgets, and small networks from scratch."""
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
-from analysis.dense import train_dense
-from pyro_bmrs.modes import evaluating
+from analysis.dense import PlainNetwork, cosine_rates, train_dense
+from pyro_bmrs.eval_mode import evaluating
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.compact import without_noise
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.points import replace_everywhere
+from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["Importance", "Ranking", "narrowed", "train_from_scratch", "train_peer"]
 
@@ -77,25 +79,19 @@ def train_peer(
     x, y = data
     kept, parameters = _fractions_kept(budget, epochs), bmrs.count_parameters(net)
     pruner = _make_pruner(net, importance, ranking, to_input(x[:2]))
-    order = torch.Generator().manual_seed(seed)
-    steps = math.ceil(len(x) / batch_size)
-    optimizer = torch.optim.Adam(net.parameters(), lr)
+    network = PlainNetwork(net, data, batch_size, seed)
+    trainer = Trainer(network, cosine_rates(lr, epochs))
     for epoch in range(epochs):
         if kept[epoch] < kept[max(epoch - 1, 0)]:
             if importance == "taylor":
-                sample = torch.randperm(len(x), generator=order)[:_TAYLOR_EXAMPLES].to(x.device)
+                sample = torch.randperm(len(x), generator=network.order)[:_TAYLOR_EXAMPLES].to(x.device)
                 _set_gradients(net, x[sample], y[sample])
             _prune(net, pruner, kept[epoch] * parameters)
-            optimizer = torch.optim.Adam(net.parameters(), lr)  # the pruner replaces parameters by smaller ones
-        regularize = importance == "group_norm" and kept[epoch] > kept[-1]
-        net.train()
-        for step, batch in enumerate(torch.randperm(len(x), generator=order).to(x.device).tensor_split(steps)):
-            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (epoch + step / steps) / epochs))
-            optimizer.zero_grad()
-            cross_entropy(net(to_input(x[batch])), y[batch]).backward()
-            if regularize:
-                pruner.regularize(net)
-            optimizer.step()
+            trainer.start_optimizer()  # the pruner replaces parameters by smaller ones
+        with ExitStack() as hooks:
+            if importance == "group_norm" and kept[epoch] > kept[-1]:
+                hooks.callback(trainer.optimizer.register_step_pre_hook(lambda *_: pruner.regularize(net)).remove)
+            trainer.fine_tune_epoch()
     return net.eval()
 
 
@@ -195,7 +191,7 @@ def train_from_scratch(
     net = copy.deepcopy(pruned)
     for scale in [module for module in net.modules() if isinstance(module, bmrs.ChannelScale)]:
         net = replace_everywhere(net, scale, nn.Identity())
-    with torch.random.fork_rng(devices=[]):
+    with local_seed(devices=[]):
         torch.manual_seed(seed)
         for module in net.modules():
             reset: Any = getattr(module, "reset_parameters", None)

@@ -15,7 +15,7 @@ import pyro_bmrs as bmrs
 from analysis.config import PretrainedName, RunConfig
 from analysis.data import Split
 from analysis.dense import train_dense
-from analysis.execution import Execution, only_here, work_folder
+from analysis.execution import Execution, run_lock, work_folder
 from analysis.recipes import dense_of
 from pyro_bmrs.structures.inputs import to_input
 
@@ -103,7 +103,7 @@ def trained(config: RunConfig, execution: Execution, split: Split, classes: int)
     torch.manual_seed(before.seed)
     net = architecture(before, classes).to(split.train[0].device)
     folder = work_folder(before, execution)
-    with only_here(folder):
+    with run_lock(folder):
         rates = (before.epochs, before.batch_size, before.lr, before.seed)
         train_dense(net, split.train, *rates, validation=split.validation, folder=folder)
     return net

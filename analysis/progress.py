@@ -89,7 +89,7 @@ class Progress:
         self._clear()
 
     def tell(self, config: RunConfig, results: dict[str, Any] | None, error: str) -> None:
-        """Say what a run came to."""
+        """Print the result of a run."""
         with self._writing:
             self._left.remove(config)
             if results is None:

@@ -15,7 +15,7 @@ class Point:
         compression: Percentage of the trainable parameters that is removed.
         accuracy: Percentage of the test set that is classified correctly.
         compression_sd: Standard deviation of the former; 0 where unknown.
-        accuracy_sd: Likewise.
+        accuracy_sd: Its standard deviation.
     """
 
     compression: float

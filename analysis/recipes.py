@@ -1,4 +1,4 @@
-"""The recipes that fill in the settings of a run, and the criterion that they come to.
+"""The recipes that fill in the settings of a run, and the criterion that they name.
 
 A recipe is nothing but values of options that the library has for everyone; ``analysis.experiment`` knows of none.
 """

@@ -33,7 +33,7 @@ def evaluate(
     masks: dict[str, torch.Tensor],
     split: Split,
 ) -> dict[str, Any]:
-    """Return what pruning has come to: ``compare``, the masked network's accuracy, and what ``masks`` keep."""
+    """Return what pruning has reached: ``compare``, the masked network's accuracy, and what ``masks`` keep."""
     x_test, y_test = (part.to(guide.device) for part in split.test)
     masked_logits = bmrs.predict(model, guide, x_test)
     return {
@@ -147,7 +147,7 @@ def _draw_reductions(
         for site in delta_f
         for i in present[site].tolist()
     ]
-    chosen = [max(gone) for gone in [[each for each in known if not each[3]]] if gone]
+    chosen = [max(pruned) for pruned in [[each for each in known if not each[3]]] if pruned]
     kept = sorted(each for each in known if each[3])
     chosen += kept[len(kept) // 2 : len(kept) // 2 + 1]
     _, axes = plt.subplots(1, len(chosen), figsize=(5.5 * len(chosen), 4), layout="constrained", squeeze=False)

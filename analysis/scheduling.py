@@ -30,7 +30,7 @@ def count_cores() -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: results, or an error and where it was raised."""
+    """The outcome of a run: results, or an error and where it was raised."""
 
     config: RunConfig
     results: dict[str, Any] | None = None

@@ -67,7 +67,7 @@ def _mean(rows: list[dict[str, Any]], how: str, key: str) -> float:
 
 
 def _bisected(config: Size, network: str, seed: int, remove: float) -> dict[str, float]:
-    """Return what the fit comes to, of all those tried, whose size is the closest."""
+    """Return the figures of the fit, of all those tried, whose size is the closest."""
     low, high = 0.01, 100.0
     found = []
     for _ in range(config.fits):

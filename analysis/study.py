@@ -219,7 +219,7 @@ def _is_at_hand(dataset: str, data_dir: Path | None) -> bool:
 def _run(
     study: Study, todo: Sequence[RunConfig], done: list[tuple[RunConfig, float]], store: Store, command: str
 ) -> None:
-    """Execute runs and keep what each comes to as soon as it ends."""
+    """Execute runs and keep the results of each as soon as it ends."""
     if study.jobs < 1:
         raise ValueError(f"jobs must be at least 1, but got {study.jobs}")
     local = study.backend == "local"

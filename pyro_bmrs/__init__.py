@@ -71,12 +71,13 @@ from pyro_bmrs.structures.structure_set import Structure, StructureSet
 from pyro_bmrs.svi.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
 from pyro_bmrs.svi.diagnostics import Diagnostics
 from pyro_bmrs.svi.elbo import MeanFieldELBO
-from pyro_bmrs.svi.ensemble import Replica, fit_ensemble
+from pyro_bmrs.svi.ensemble import EnsembleMember, fit_ensemble
 from pyro_bmrs.svi.fit import fit
 from pyro_bmrs.svi.free_form import FreeFormEvidence, free_form_evidence
 from pyro_bmrs.svi.free_form_criterion import FreeFormCriterion
+from pyro_bmrs.svi.pruning import Continuous, PostTraining, ToSize
 from pyro_bmrs.svi.result import FitResult, FitWarning
-from pyro_bmrs.svi.schedule import Continuous, PostTraining, ToSize
+from pyro_bmrs.svi.settings import FitSettings
 from pyro_bmrs.svi.training_gradients import TrainingGradients
 
 if TYPE_CHECKING:
@@ -109,8 +110,10 @@ __all__ = [
     "Diagnostics",
     "DivergentIntegralError",
     "EnergyTracker",
+    "EnsembleMember",
     "EvidenceCriterion",
     "FitResult",
+    "FitSettings",
     "FitWarning",
     "FlatGuide",
     "FreeFormCriterion",
@@ -132,7 +135,6 @@ __all__ = [
     "Random",
     "Reduction",
     "Reliability",
-    "Replica",
     "SampledEvidenceChange",
     "SearchResult",
     "Structure",

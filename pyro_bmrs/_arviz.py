@@ -41,7 +41,7 @@ def pareto_k(log_weights: Array) -> Array:
     ``psislw`` takes log weights in 0.x and their negative in 1.x. A fit that fails gives NaN or infinity.
     """
     with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a failed fit is told by its value
+        warnings.simplefilter("ignore")  # a failed fit shows in its value
         if _LEGACY:
             return np.asarray(arviz.psislw(log_weights, normalize=False)[1])
         statistics = importlib.import_module("arviz_stats.base").array_stats  # a package of 1.x

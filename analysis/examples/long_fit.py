@@ -15,8 +15,8 @@ def make() -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGuide]:
     return model, bmrs.TruncatedLogNormalGuide(model)
 
 
-def main(folder: str = "run") -> tuple[bmrs.FitResult, list[bmrs.Replica]]:
-    """Run both and return what they come to."""
+def main(folder: str = "run") -> tuple[bmrs.FitResult, list[bmrs.EnsembleMember]]:
+    """Run both and return their results."""
     x = torch.randn(1000, 20)
     data = (x, (x[:, 0] > 0).long())
     result = bmrs.fit(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, LogNormal, MultivariateNormal, Normal
 
-__all__ = ["Moments", "as_multivariate", "marginals", "moments", "on_line", "side_by_side"]
+__all__ = ["Moments", "as_multivariate", "block_diagonal", "log_space", "marginals", "moments"]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -25,7 +25,7 @@ def marginals(distribution: Any) -> Any:
     return distribution
 
 
-def on_line(distribution: Any, positive: bool) -> Any:
+def log_space(distribution: Any, positive: bool) -> Any:
     """Return the distribution of the logarithm if the site is ``positive``, else the distribution."""
     if not positive:
         return distribution
@@ -58,7 +58,7 @@ def moments(distribution: Distribution, index: Tensor) -> Moments:
     )
 
 
-def side_by_side(parts: list[Moments]) -> Distribution:
+def block_diagonal(parts: list[Moments]) -> Distribution:
     """Return the joint distribution of independent parts: normal, or a point mass if none has any variance.
 
     Raises:

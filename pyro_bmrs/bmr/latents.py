@@ -30,7 +30,7 @@ from torch.distributions import (
 from pyro_bmrs.bmr.registry import POINT_MASS, is_point_mass
 from pyro_bmrs.checks import described
 from pyro_bmrs.distributions import LogitNormal
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 
 __all__ = ["Latents", "check_no_point_mass", "posterior_and_prior", "read_latents", "to_elements"]
 
@@ -43,7 +43,7 @@ class Latents:
 
     Attributes:
         posteriors: Posterior of each site, one batch element an element.
-        priors: Prior of each site, likewise.
+        priors: Prior of each site.
         event_dims: Number of event dimensions that the site has.
         correlated: The normal distribution of all sites' elements in unconstrained space, if the guide has one.
         positions: Where in it each site's elements are, of the site's unconstrained shape.
@@ -133,7 +133,7 @@ def read_guide(guide: Program, priors: Mapping[str, Any], *args: Any, **kwargs: 
 
 def _twice(run: Callable[[], Any], programs: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return what two runs of a program give; the global random state is left alone."""
-    with forked_random():
+    with local_seed():
         try:
             return run(), run()
         except TypeError as error:

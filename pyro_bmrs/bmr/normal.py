@@ -40,7 +40,7 @@ class _Standardised(NamedTuple):
         rho_q: Variance of the posterior.
         rho_r: Variance of the reduced prior.
         u_q: ``1 - rho_q``, to all its digits.
-        u_r: ``1 - rho_r``, likewise.
+        u_r: ``1 - rho_r``, of the same shape.
     """
 
     a: Tensor

@@ -21,7 +21,7 @@ from torch.distributions.transforms import ComposeTransform
 from pyro_bmrs.bmr.registry import register_evidence_change
 from pyro_bmrs.bmr.savage_dickey import evidence_change_at_point
 from pyro_bmrs.numerics.integral import log_integral
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 
 __all__: list[str] = []
 
@@ -84,7 +84,7 @@ def _log_prob(distribution: Any, value: Tensor) -> Tensor:
 
 def _legal(distribution: Any) -> Tensor:
     """Return some number inside the support."""
-    with forked_random():
+    with local_seed():
         return distribution.sample().double()
 
 

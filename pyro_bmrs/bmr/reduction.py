@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, LogNormal, MultivariateNormal
 
-from pyro_bmrs.bmr.joint_normal import as_multivariate, marginals, moments, on_line, side_by_side
+from pyro_bmrs.bmr.joint_normal import as_multivariate, block_diagonal, log_space, marginals, moments
 from pyro_bmrs.bmr.latents import Latents, Program, check_no_point_mass, read_latents, to_elements
 from pyro_bmrs.bmr.registry import evidence_change, reduced_posterior
 from pyro_bmrs.checks import described
@@ -137,24 +137,24 @@ class Reduction:
             return self.delta_f[site][mask].sum()
         if not any(bool(each.any()) for each in masks.values()):
             return self.delta_f[site].new_zeros(())
-        return evidence_change(*self._side_by_side(masks)).to(self.delta_f[site])
+        return evidence_change(*self._block_diagonal(masks)).to(self.delta_f[site])
 
-    def _side_by_side(self, masks: Mapping[str, Tensor]) -> tuple[Distribution, Distribution, Distribution]:
+    def _block_diagonal(self, masks: Mapping[str, Tensor]) -> tuple[Distribution, Distribution, Distribution]:
         """Return posterior, prior and reduced prior of the vector of these elements, in unconstrained space."""
         parts: list[Any] = []
         for site, mask in masks.items():
             triple, index = self.sites[site], mask.flatten().nonzero().squeeze(-1)
-            parts.append([moments(on_line(each, triple.positive), index) for each in triple])
+            parts.append([moments(log_space(each, triple.positive), index) for each in triple])
         posteriors, priors, reduced = zip(*parts, strict=True)
-        posterior = side_by_side(list(posteriors))
+        posterior = block_diagonal(list(posteriors))
         if self._latents.correlated is not None:
             index = torch.cat([self._latents.positions[site][mask] for site, mask in masks.items()])
-            posterior = side_by_side([moments(self._latents.correlated, index)])
-        return posterior, side_by_side(list(priors)), side_by_side(list(reduced))
+            posterior = block_diagonal([moments(self._latents.correlated, index)])
+        return posterior, block_diagonal(list(priors)), block_diagonal(list(reduced))
 
     def _reduced_marginals(self, sites: list[str]) -> dict[str, Any]:
         """Return each element's reduced posterior where an autoguide correlates ``sites``."""
-        vector: Any = reduced_posterior(*self._side_by_side(self._masks(sites)))
+        vector: Any = reduced_posterior(*self._block_diagonal(self._masks(sites)))
         start, result = 0, {}
         for site in sites:
             delta_f, positive = self.delta_f[site], self.sites[site].positive

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.bmr.registry import check_distributions, register_evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 
 __all__ = [
     "PARETO_K_LIMIT",
@@ -112,7 +112,7 @@ def estimate_evidence_change(
     if seed is not None:
         check_seed("seed", seed)
     shape = check_distributions(posterior, prior, reduced_prior)
-    with torch.no_grad(), nullcontext() if seed is None else forked_random(seed):
+    with torch.no_grad(), nullcontext() if seed is None else local_seed(seed):
         draws = posterior.expand(shape).sample((num_samples,))
         rows = _log_weights(draws, prior, reduced_prior).double().movedim(0, -1).reshape(-1, num_samples)
     dtype = draws.dtype if draws.is_floating_point() else torch.get_default_dtype()

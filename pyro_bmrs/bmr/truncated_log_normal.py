@@ -56,7 +56,7 @@ class _Quadratic:
         return numerics.log_integral(*numerics.interval_coordinates(*self.parameters)) + torch.log(self.parameters[1])
 
     def energy(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x) if self.is_flat else numerics.excess(x, *self.parameters)
+        return torch.zeros_like(x) if self.is_flat else numerics.relative_energy(x, *self.parameters)
 
     def slope(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x) if self.is_flat else (x - self.parameters[0]) / self.parameters[1] ** 2

@@ -26,7 +26,7 @@ def _kl_truncated_log_normals(q: TruncatedLogNormal, p: TruncatedLogNormal) -> T
     p_loc, p_scale, p_low, p_high = p.double_parameters()
     negative_entropy = numerics.kl_from_uniform(*q.interval_coordinates()) - torch.log(q_high - q_low)
     mean, variance = q.double_log_theta_moments()
-    energy = numerics.excess(mean, p_loc, p_scale, p_low, p_high) + 0.5 * variance / p_scale**2
+    energy = numerics.relative_energy(mean, p_loc, p_scale, p_low, p_high) + 0.5 * variance / p_scale**2
     p_log_mass = torch.log(p_scale) + numerics.log_integral(*p.interval_coordinates())
     inside = (p_low <= q_low) & (q_high <= p_high)
     return torch.where(inside, negative_entropy + energy + p_log_mass, torch.inf).to(q.loc)

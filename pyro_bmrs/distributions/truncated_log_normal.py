@@ -104,18 +104,20 @@ class TruncatedLogNormal(TorchDistribution):
         parameters = self.double_parameters()
         log_theta = torch.log(value.double())
         log_mass = torch.log(parameters[1]) + numerics.log_integral(*self.interval_coordinates())
-        log_prob = -log_theta - numerics.excess(log_theta, *parameters) - log_mass
+        log_prob = -log_theta - numerics.relative_energy(log_theta, *parameters) - log_mass
         return torch.where(self.support.check(value), log_prob, -torch.inf).to(self.loc)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Return P(theta <= value)."""
         loc, scale, low, high = self.double_parameters()
         log_theta = torch.minimum(torch.maximum(torch.log(value.double()), low), high)
-        # Width zero is the lower bound itself, where the integral is nil but its gradient has no limit.
+        # Width zero is the lower bound itself, where the integral is zero but its gradient has no limit.
         above_low = log_theta > low
         end = torch.where(above_low, log_theta, high)
         below = numerics.interval_coordinates(loc, scale, low, end)
-        log_below = numerics.log_integral(*below) - numerics.excess(torch.clamp(loc, low, end), loc, scale, low, high)
+        log_below = numerics.log_integral(*below) - numerics.relative_energy(
+            torch.clamp(loc, low, end), loc, scale, low, high
+        )
         log_cdf = log_below - numerics.log_integral(*self.interval_coordinates())
         return torch.where(above_low, torch.exp(log_cdf.clamp(max=0)), 0.0).to(self.loc)
 
@@ -137,7 +139,7 @@ class TruncatedLogNormal(TorchDistribution):
         Quickly in float32, where it is the quantile at ``uniform`` or at one less it; exactly otherwise.
         """
         if self.loc.dtype == torch.float32:
-            return numerics.draw(uniform.float(), self.loc, self.scale, self.log_low, self.log_high)
+            return numerics.sample(uniform.float(), self.loc, self.scale, self.log_low, self.log_high)
         return self.icdf(uniform)
 
     def _tilted_coordinates(self, order: float) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,7 @@ class TruncatedLogNormal(TorchDistribution):
         both = zip(self._tilted_coordinates(order), self.interval_coordinates(), strict=True)
         tilted, plain = numerics.log_integral(*(torch.stack(pair) for pair in both))
         log_mass = tilted - plain
-        return order * mode - numerics.excess(mode, loc, scale, low, high) + log_mass
+        return order * mode - numerics.relative_energy(mode, loc, scale, low, high) + log_mass
 
     @property
     def mean(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.checks import described
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "on_cpu",
 ]
 
-# Okabe and Ito's colours, told apart by everyone.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 KEPT, REMOVED, BY_ODDS, NEUTRAL = "#0072B2", "#D55E00", "#E69F00", "#555555"
 LOG_THETA = r"$\log\,\theta$ (nats)"
 
@@ -106,7 +106,7 @@ def log_quantiles(posterior: Any, probabilities: Sequence[float]) -> list[Tensor
     """Return quantiles of log(theta): exact where the family has them, of 4,000 draws elsewhere."""
     if hasattr(posterior, "log_icdf"):
         return [posterior.log_icdf(torch.full_like(posterior.mean, p)).cpu() for p in probabilities]
-    with forked_random(0):
+    with local_seed(0):
         theta = posterior.sample((4000,)).cpu()
     if bool((theta < 0).any()):
         raise ValueError(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import batch_size, first_examples, on_device
 from pyro_bmrs.structures.pair import NoisePosterior, sum_of
 from pyro_bmrs.svi.data.source import Source

@@ -13,12 +13,12 @@ from torch.distributions import Distribution, Independent, constraints
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.inspection.draws import each_draw
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.pair import check_model
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
-from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["PredictiveEvaluation", "PredictiveScores", "Reliability", "evaluate"]
 
@@ -138,7 +138,7 @@ def evaluate(
     check_seed("seed", seed)
     source = source_of(data, model, unpack)
     guide = noise_posterior(model, guide, *source.first)
-    with local_seed(seed, [guide.device]):
+    with local_seed(seed, [guide.device], validate=False):
         drawn, _ = guide.draw_with_log_prob(draws)
     means = {site: point.unsqueeze(0) for site, point in guide.points().items()}
     at_mean, _ = _scores(model, means, source, guide.device)

@@ -16,6 +16,7 @@ from pyro_bmrs.criteria import BMRS_N, BMRS_U
 from pyro_bmrs.inspection.draws import each_draw, log_prior, on_host
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.any_guide import known_posterior, noise_posterior
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
 from pyro_bmrs.svi.data.making import source_of
@@ -23,7 +24,6 @@ from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
 from pyro_bmrs.svi.free_form import FreeFormEvidence
 from pyro_bmrs.svi.importance import FEWEST_RATIOS, log_prior_ratios
-from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["to_arviz"]
 
@@ -94,7 +94,7 @@ def to_arviz(
     check_seed("seed", seed)
     source = None if data is None else source_of(data, model, unpack)
     guide = noise_posterior(model, guide, *(() if source is None else source.first))
-    with local_seed(seed, [guide.device]):
+    with local_seed(seed, [guide.device], validate=False):
         drawn, log_q = guide.draw_with_log_prob(draws)
         thetas = {site: drawn[site] for site in guide.sizes}
         others = {site: on_host(values.unsqueeze(0)) for site, values in drawn.items() if site not in thetas}

@@ -151,8 +151,8 @@ def plot_network(
         if others is not None:
             open_still = (others[0][site].abs() < 2 * others[1][site])[order].numpy()
             ax.scatter(np.full(open_still.sum(), column + 0.2), centres[open_still], marker=".", s=6, color="black")
-        gone = ~kept[site][order].numpy()
-        ax.scatter(np.full(gone.sum(), column), centres[gone], marker="x", s=9, color="black", linewidth=0.6)
+        removed = ~kept[site][order].numpy()
+        ax.scatter(np.full(removed.sum(), column), centres[removed], marker="x", s=9, color="black", linewidth=0.6)
         ax.text(column, -0.02, f"{int(kept[site].sum())} of {len(order)}", ha="center", va="bottom", fontsize=7)
     ax.set_ylim(1.01, -0.06)
     ax.set_yticks([])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_bmrs.checks import check_integer, check_seed, described
 from pyro_bmrs.inspection.draws import on_host
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import refusing
 
 __all__ = ["guide_to_arviz"]
@@ -73,7 +73,7 @@ def guide_to_arviz(
     check_integer("draws", draws, low=1, high=10**7)
     check_seed("seed", seed)
     values: Values = defaultdict(lambda: defaultdict(list))
-    with forked_random(seed):
+    with local_seed(seed):
         for _ in range(draws):
             _one_draw(model, guide, args, kwargs, values)
         observed = {name: on_host(site["value"]) for name, site in _observed(_traced(model, args, kwargs))}

@@ -12,7 +12,7 @@ __all__ = ["class_name", "describe"]
 def describe(net: nn.Module) -> dict[str, Any]:
     """Return the tree of a network's modules, which of its parameters are frozen, and which are one and the same.
 
-    Layers of torch.nn are told by name and arguments. Modules of other classes, and layers with hooks or with
+    Layers of torch.nn are described by name and arguments. Modules of other classes, and layers with hooks or with
     parameters of their own, are ``custom``: an instance is needed to load them.
 
     Raises:

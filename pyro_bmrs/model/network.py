@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
 from pyro_bmrs.checks import check_integer, check_module, check_number, described
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise, noise_layers, supply_noise
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import no_fast_path
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call
 from pyro_bmrs.structures.pair import NoisyModel
@@ -123,6 +123,10 @@ class NoisyNetwork(PyroModule, NoisyModel):
         self._overall, by_site = _checked_weights(value, list(self.kl_weights))
         if isinstance(value, Mapping):
             self.kl_weights.update(by_site)
+
+    def note_fit(self, fine_tuned: bool) -> None:
+        """Note that a fit has changed the model, and whether it trained the weights alone in the end."""
+        self.fitted, self.fine_tuned = True, fine_tuned
 
     def train(self, mode: bool = True) -> "NoisyNetwork":
         """Set train or eval mode; modules that were in eval mode in a network in train mode at first stay so."""

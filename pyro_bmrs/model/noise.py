@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.checks import check_integer, check_number, described
 from pyro_bmrs.distributions import LogUniform
-from pyro_bmrs.numerics import may_ask
+from pyro_bmrs.numerics import can_branch_on
 from pyro_bmrs.structures.points import NoisePoint, noise_points
 from pyro_bmrs.structures.removal import aligned
 
@@ -226,7 +226,7 @@ class MultiplicativeNoise(NoisePoint):
             self._waiting.append(weakref.ref(gradient))
 
     def release(self) -> None:
-        """Hear that the forward pass has ended."""
+        """End the forward pass: keep its noise for its gradient only."""
         if "now" in self._held:
             theta = self._held.pop("now")
             if torch.is_grad_enabled():
@@ -272,13 +272,13 @@ class MultiplicativeNoise(NoisePoint):
         if self._declared is not None and self._declared[0] is self.keep and self._declared[1] == version:
             return self._declared[2:]
         declaration = self.site_distribution(self.prior), self._masks()
-        if may_ask(self.keep, on_device=True):
+        if can_branch_on(self.keep, on_device=True):
             self._declared = self.keep, version, *declaration
         return declaration
 
     def _masks(self) -> bool:
         """Return whether anything has been removed; always where it might be, and Python cannot see."""
-        if not may_ask(self.keep, on_device=True):
+        if not can_branch_on(self.keep, on_device=True):
             return True
         try:
             return not bool(self.keep.all())
@@ -362,7 +362,12 @@ class _Gradient:
     @classmethod
     def of(cls, theta: Tensor) -> "_Gradient | None":
         """Return one for noise that will have a gradient, which it lives as long as; None for other noise."""
-        if theta.requires_grad and torch.is_grad_enabled() and may_ask(theta, on_device=True) and _is_ordinary_pass():
+        if (
+            theta.requires_grad
+            and torch.is_grad_enabled()
+            and can_branch_on(theta, on_device=True)
+            and _is_ordinary_pass()
+        ):
             gradient = cls()
             theta.register_hook(gradient)
             return gradient

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_bmrs.checks import check_integer, described
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.inputs import Inputs, batches, concatenated, refusing, to_input
 from pyro_bmrs.structures.inputs import batch_size as examples

@@ -22,37 +22,37 @@ Dawson's function in the place of the Mills ratio.
 
 The regimes' values stand in ``regimes.py``, what is differentiable of them in ``interval.py``, the other way of curving
 in ``quadratic.py``, exact quantiles in ``quantile.py``. What every training step needs is simpler and faster: the
-divergence from uniform in ``divergence.py``, draws in ``draw.py``. All functions but those of draws expect float64
+divergence from uniform in ``divergence.py``, draws in ``sample.py``. All functions but those of draws expect float64
 (callers convert at the edge); all work elementwise on broadcastable tensors. First and second derivatives are exact:
 each cumulant's gradient is the next cumulant.
 """
 
 from pyro_bmrs.numerics.divergence import kl_from_uniform, kl_of_truncated
-from pyro_bmrs.numerics.draw import draw, draw_and_kl
 from pyro_bmrs.numerics.interval import (
-    excess,
     interval_coordinates,
     log_integral,
     mean_displacement,
+    relative_energy,
     variance,
 )
 from pyro_bmrs.numerics.quadratic import dawson, log_quadratic_integral
 from pyro_bmrs.numerics.quantile import quantile
-from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI, may_ask
+from pyro_bmrs.numerics.regimes import LOG_SQRT_2PI, can_branch_on
+from pyro_bmrs.numerics.sample import sample, sample_and_kl
 
 __all__ = [
     "LOG_SQRT_2PI",
+    "can_branch_on",
     "dawson",
-    "draw",
-    "draw_and_kl",
-    "excess",
     "interval_coordinates",
     "kl_from_uniform",
     "kl_of_truncated",
     "log_integral",
     "log_quadratic_integral",
-    "may_ask",
     "mean_displacement",
     "quantile",
+    "relative_energy",
+    "sample",
+    "sample_and_kl",
     "variance",
 ]

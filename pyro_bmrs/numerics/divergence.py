@@ -22,7 +22,7 @@ __all__ = ["Divergence", "divergence", "kl_from_uniform", "kl_of_truncated"]
 
 _NODES = 36  # with the energy below: values are exact to 1e-12, slopes to 1e-9
 _HIGHEST_ENERGY = 30.0  # what lies beyond adds less than that to any of the averages
-_NIL_FROM = 700.0  # energies from which on a density is nil
+_ZERO_FROM = 700.0  # energies from which on a density is zero
 
 
 def kl_of_truncated(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def divergence(distance: Tensor, width: Tensor) -> Divergence:
     kl = torch.log(width / integral).sub_(energy).clamp_(min=0)
     # What a bound, moved outwards, adds to minus the KL: its density there, and how much more energy than average.
     ends = torch.stack([inside, far])
-    at_ends = torch.add(outside, ends, alpha=0.5).mul_(ends).clamp_max_(_NIL_FROM)
+    at_ends = torch.add(outside, ends, alpha=0.5).mul_(ends).clamp_max_(_ZERO_FROM)
     gain_near, gain_far = torch.exp(-at_ends).div_(integral).mul_(at_ends.sub_(energy).add_(1)).unbind()
     by_distance = torch.where(distance < 0, gain_near - gain_far, half * with_node)
     return Divergence(kl, by_distance, variance.mul_(-2), gain_far, integral)

@@ -10,10 +10,10 @@ from pyro_bmrs.numerics.elementwise import Elementwise
 from pyro_bmrs.numerics.regimes import cumulants, log_integral_value
 
 __all__ = [
-    "excess",
     "interval_coordinates",
     "log_integral",
     "mean_displacement",
+    "relative_energy",
     "variance",
 ]
 
@@ -23,7 +23,7 @@ def interval_coordinates(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) 
     return torch.maximum(low - loc, loc - high) / scale, (high - low) / scale
 
 
-def excess(x: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def relative_energy(x: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return how far the log density at ``x`` lies below that at the mode, a number >= 0 inside the interval.
 
     Equal to ``((x - loc)**2 - (mode - loc)**2) / (2 * scale**2)`` without its cancellation.

@@ -107,7 +107,7 @@ def _interior_quantile(from_near: Tensor, from_far: Tensor, distance: Tensor, wi
 
 
 def _flat_quantile(from_near: Tensor, distance: Tensor, width: Tensor) -> Tensor:
-    """Quantile of the exponential that the density is when its curvature over the interval is nil."""
+    """Quantile of the exponential that the density is when its curvature over the interval is zero."""
     slope = width * (distance + 0.5 * width)
     curved = -torch.log1p(from_near * torch.expm1(-slope)) / slope
     return width * torch.where(slope.abs() < 1e-12, from_near, curved)

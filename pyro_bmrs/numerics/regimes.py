@@ -13,10 +13,10 @@ __all__ = [
     "CONTINUED_FRACTION_FROM",
     "LOG_SQRT_2PI",
     "Cumulants",
+    "can_branch_on",
     "cumulants",
     "integral_over_uniform",
     "log_integral_value",
-    "may_ask",
     "may_occur",
     "mills",
     "tail_ratio",
@@ -51,7 +51,7 @@ class Cumulants(NamedTuple):
 
 def log_integral_value(distance: Tensor, width: Tensor) -> Tensor:
     regimes = (_narrow_log_integral, _interior_log_integral, _tail_log_integral)
-    if distance.numel() < _MANY or not may_ask(distance):
+    if distance.numel() < _MANY or not can_branch_on(distance):
         return _select(distance, width, *(regime(distance, width) for regime in regimes))
     narrow, inside = _is_narrow(distance, width), distance < 0
     result = torch.empty_like(distance)
@@ -70,7 +70,7 @@ def cumulants(distance: Tensor, width: Tensor) -> Cumulants:
     return found
 
 
-def may_ask(tensor: Tensor, on_device: bool = False) -> bool:
+def can_branch_on(tensor: Tensor, on_device: bool = False) -> bool:
     """Return whether Python may look at values: not in a graph being traced, which would hold for these values only.
 
     Nor on a GPU, which that stalls, unless ``on_device``, for what is asked seldom.
@@ -80,7 +80,7 @@ def may_ask(tensor: Tensor, on_device: bool = False) -> bool:
 
 def may_occur(regime: Tensor) -> bool:
     """Return whether a regime is worth computing: always, where that cannot be asked."""
-    if not may_ask(regime):
+    if not can_branch_on(regime):
         return True
     try:
         return bool(regime.any())

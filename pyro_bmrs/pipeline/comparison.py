@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.network import Likelihood
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.pipeline.tables import Row
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.cost import count_flops, count_parameters, measure_latency
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call, first_examples, on_device
 from pyro_bmrs.svi.data.source import Source
@@ -98,7 +99,7 @@ def compare(networks: Sequence[nn.Module], likelihood: Likelihood, example: Inpu
     before, after = networks
     one = first_examples(example, 1)
     device = next((p.device for p in before.parameters()), torch.device("cpu"))
-    with evaluating(before), evaluating(after), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with evaluating(before), evaluating(after), local_seed(devices=[device]):
         latency = measure_latency(networks, example, rounds=20)
         evaluations = [
             evaluate(partial(_outputs, net, device), likelihood, source.ordered()) for net in (before, after)

@@ -34,7 +34,7 @@ def guessed(output: Any, y: Tensor) -> Likelihood:
         kind = f"observations are numbers ({y.dtype}, of shape {tuple(y.shape)} for outputs of {tuple(output.shape)})"
         more = "" if y.dim() == 1 else " (for several an example, with .to_event(1) behind it)"
         raise TypeError(
-            f"{kind}, so prune needs to be told how they are distributed: for a regression, with its noise in the "
+            f"{kind}, so prune needs their distribution: for a regression, with its noise in the "
             f"place of 0.1, {_NORMAL}; for labels of 0 and 1, {_BERNOULLI}{more}"
         )
     if output.dim() == y.dim() == 1 or output.shape[1:] in {(1,), ()}:

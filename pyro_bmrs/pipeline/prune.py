@@ -10,11 +10,11 @@ from pyro.distributions import TorchDistribution
 from torch import nn
 
 from pyro_bmrs.checks import check_function, check_module
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.attach import attach_noise
 from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
 from pyro_bmrs.model.network import Likelihood, NoisyNetwork
 from pyro_bmrs.model.noise import noise_layers
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.pipeline.comparison import Comparison, compare
 from pyro_bmrs.pipeline.guessing import after, guessed
 from pyro_bmrs.pipeline.tables import cost_table, structure_table
@@ -28,8 +28,8 @@ from pyro_bmrs.svi.data.making import Data, make_source
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
 from pyro_bmrs.svi.fit import fit
+from pyro_bmrs.svi.pruning import ToSize
 from pyro_bmrs.svi.result import FitResult
-from pyro_bmrs.svi.schedule import ToSize
 
 __all__ = ["Pruned", "prune"]
 

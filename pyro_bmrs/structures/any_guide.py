@@ -16,7 +16,7 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_bmrs.bmr.joint_normal import marginals
 from pyro_bmrs.bmr.latents import read_guide, to_elements
 from pyro_bmrs.checks import described
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.pair import NoisePosterior, NoisyModel, check_model, check_pair, sum_of
 
 __all__ = ["ProgramPosterior", "known_posterior", "noise_posterior"]
@@ -189,7 +189,7 @@ class ProgramPosterior(NoisePosterior):
 
 def _other_sites(run: Callable[[], Trace], noise: list[str]) -> list[str]:
     """Return the names of what a guide draws for the model's sake besides noise; the random state is left alone."""
-    with forked_random(), torch.no_grad():
+    with local_seed(), torch.no_grad():
         try:
             trace = run()
         except TypeError:
@@ -248,7 +248,7 @@ def _empirical(thetas: ByDraw) -> dict[str, Distribution]:
 def _many(run: Callable[[], Trace], sites: Sequence[str], draws: int, seed: int | None = None) -> tuple[ByDraw, Tensor]:
     """Return what many runs of a guide draw, and the log of the density of all that each run draws."""
     if seed is not None:
-        with forked_random(seed):
+        with local_seed(seed):
             return _many(run, sites, draws)
     traces = [run() for _ in range(draws)]
     thetas = {site: torch.stack([each.nodes[site]["value"] for each in traces]) for site in sites}

@@ -62,7 +62,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:  # what PyTorch asks before it takes the fast path
-        made = "in_proj_weight" in self._parameters  # the constructor asks too, and is to be told the truth
+        made = "in_proj_weight" in self._parameters  # the constructor reads it too
         return not made and self.__dict__["_qkv_same_embed_dim"]
 
     @_qkv_same_embed_dim.setter

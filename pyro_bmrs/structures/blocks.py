@@ -76,11 +76,11 @@ class Cuts:
         if all(self._balanced(row, cut, classes.count) for row in rows for cut in cuts):
             return found.new_empty(0)
         if self.whole:
-            gone = rows
+            removed = rows
         else:
             front, back = max(self.starts, default=0), max(self.ends, default=0)
-            gone = torch.cat([rows[:, :front], rows[:, size - back :]], 1)
-        every = gone.unique()
+            removed = torch.cat([rows[:, :front], rows[:, size - back :]], 1)
+        every = removed.unique()
         return every[every >= 0]
 
     @staticmethod

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pyro_bmrs.randomness import local_seed
+
 __all__ = ["copied", "no_fast_path", "undisturbed"]
 
 Module = TypeVar("Module", bound=nn.Module | tuple[nn.Module, ...])
@@ -48,7 +50,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(local_seed(devices=[device]))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(no_fast_path())
         if any(type(module).__name__ == "OptimizedModule" for module in net.modules()):

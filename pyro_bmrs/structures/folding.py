@@ -81,13 +81,13 @@ class FoldTracker:
         return maker if used_once else None
 
     def boundary(self, site: str, x: Tensor, y: Tensor) -> None:
-        """Hear that a site multiplies ``x`` to ``y``."""
+        """Note that a site multiplies ``x`` to ``y``."""
         self._consume([x])
         self._makers[site] = None if site in self._makers else self._made.get(id(x))
         self._scaled[id(y)] = site
 
     def leave(self, outputs: list[Tensor]) -> None:
-        """Hear what the network returns."""
+        """Note what the network returns."""
         self._consume(outputs)
 
     def observe(self, call: "Call", here: str) -> None:

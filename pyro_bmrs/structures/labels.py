@@ -31,7 +31,7 @@ def squeeze(labels: Tensor) -> Tensor:
 
 
 class Classes:
-    """What labels come to once all are joined: classes, numbered from 0.
+    """The classes of labels once all are joined, numbered from 0.
 
     Attributes:
         of: Class of each label, of shape ``(labels,)``.

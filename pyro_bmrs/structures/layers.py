@@ -96,8 +96,8 @@ class CountedLayerNorm(nn.Module):
         x = x * self.scale
         mean = x.sum(-1, keepdim=True) / self.count
         off = x - mean
-        gone = self.count - x.shape[-1]
-        variance = (off.square().sum(-1, keepdim=True) + gone * mean.square()) / self.count
+        removed = self.count - x.shape[-1]
+        variance = (off.square().sum(-1, keepdim=True) + removed * mean.square()) / self.count
         y = off * torch.rsqrt(variance + self.eps) * self.weight
         return y if self.bias is None else y + self.bias
 

@@ -1,7 +1,7 @@
 """Layer norms and RMS norms over channels that are removed one by one: which there are, and what becomes of them.
 
-Both divide by an average over all channels. Once some are gone, a plain layer norm averages over the rest, which is
-something else; one that still counts the channels that are gone, as zeros, does not. An RMS norm needs no new layer:
+Both divide by an average over all channels. Once some are removed, a plain layer norm averages over the rest, which is
+something else; one that still counts the channels that are removed, as zeros, does not. An RMS norm needs no new layer:
 the mean square over K of D channels is D/K times that over all, whose others are zero.
 """
 
@@ -33,7 +33,7 @@ class _LegibleRMSNorm(nn.Module):
 
 
 class _LegibleLayerNorm(nn.Module):
-    """A layer norm that counts channels which are gone, as one operation that reads the same tensors."""
+    """A layer norm that counts channels which are removed, as one operation that reads the same tensors."""
 
     scale: Tensor
 
@@ -107,12 +107,12 @@ def _eps_name(module: Any) -> Any:
 
 
 def narrow_norms(net: nn.Module, record: Record, dead: Tensor, scales: Mapping[str, Tensor]) -> nn.Module:
-    """Have norms whose tensors have been cut go on counting the channels that are gone, and return the network.
+    """Have norms whose tensors have been cut go on counting the channels that are removed, and return the network.
 
     Args:
         net: The network, in place.
         record: Its record, before the cut.
-        dead: The classes that are gone.
+        dead: The classes that are removed.
         scales: For each norm what its input is multiplied with, of shape ``(channels before the cut,)``.
     """
     for name, axis in record.averaged.items():

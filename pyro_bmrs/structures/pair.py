@@ -96,7 +96,7 @@ class NoisePosterior:
         raise NotImplementedError
 
     def after_loading(self) -> None:
-        """Hear that parameters and buffers have been replaced by those of a file."""
+        """Adapt to parameters and buffers that have been read from a file."""
 
 
 def check_model(model: Any) -> None:

@@ -48,7 +48,7 @@ class NoisePoint(nn.Module):
         return original
 
     def after_loading(self) -> None:
-        """Hear that buffers and sizes have been replaced by those of a file."""
+        """Adapt to buffers and sizes that have been read from a file."""
 
     def silence(self) -> None:
         """Apply nothing but the mask from now on."""
@@ -76,7 +76,7 @@ class Attachment(nn.Module):
         raise NotImplementedError
 
     def after_loading(self) -> None:
-        """Hear that the network and the noise layers have been replaced by those of a file."""
+        """Adapt to a network and noise layers that have been read from a file."""
         raise NotImplementedError
 
     def follow(self, structures: "StructureSet") -> None:

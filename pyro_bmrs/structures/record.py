@@ -99,7 +99,7 @@ class Product:
     axes: tuple[Tensor, ...]
 
     def total(self, dead: Tensor) -> float:
-        """Return the count once classes are gone."""
+        """Return the count once classes are removed."""
         result = self.constant
         for axis in self.axes:
             result *= int((~_at(dead, axis)).sum())
@@ -214,29 +214,29 @@ class Record:
         while True:
             before = dead.clone()
             for axis in self.slots.values():
-                gone = _at(dead, axis)
+                removed = _at(dead, axis)
                 least = 2 if self.pairs is not None and bool(_at(self.pairs, axis).any()) else 1
-                short = least - int((~gone).sum())
-                if short > 0 and bool(gone.any()):
-                    dead[axis[gone].unique_consecutive()[:short]] = False
+                short = least - int((~removed).sum())
+                if short > 0 and bool(removed.any()):
+                    dead[axis[removed].unique_consecutive()[:short]] = False
             for name, site in self.sites.items() if masks is not None else ():
                 assert masks is not None
-                gone = self.removed_structures(site, dead) & ~masks[name]
-                gone[0] &= not bool(gone.all())
-                dead[site.before[~gone]] = False
+                removed = self.removed_structures(site, dead) & ~masks[name]
+                removed[0] &= not bool(removed.all())
+                dead[site.before[~removed]] = False
                 if site.after is not None:
-                    dead[site.after[~gone]] = False
+                    dead[site.after[~removed]] = False
             if torch.equal(before, dead):
                 return
 
     def removed_structures(self, site: Site, dead: Tensor) -> Tensor:
-        """Return which structures of a site are gone on both of its sides."""
+        """Return which structures of a site are removed on both of its sides."""
         return dead[site.before] if site.after is None else dead[site.before] & dead[site.after]
 
     def removed(self, dead: Tensor) -> dict[Slot, Tensor]:
         """Return which positions go, for every dimension that loses any."""
-        gone = {slot: _at(dead, axis) for slot, axis in self.slots.items()}
-        return {slot: each for slot, each in gone.items() if bool(each.any())}
+        removed = {slot: _at(dead, axis) for slot, axis in self.slots.items()}
+        return {slot: each for slot, each in removed.items() if bool(each.any())}
 
     def parameter_products(self) -> Iterator[Product]:
         """Iterate over the parameters' numbers of elements, a copy of those untied to take noise included."""
@@ -248,16 +248,16 @@ class Record:
             yield Product(1, tuple(shapes.get(name, ())))
 
     def count_parameters(self, dead: Tensor) -> int:
-        """Return the number of parameters once classes are gone."""
+        """Return the number of parameters once classes are removed."""
         return int(sum(each.total(dead) for each in self.parameter_products()))
 
     def count_if_masked(self, masks: Mapping[str, Tensor]) -> int:
         """Return the number of parameters if masked structures lost no more than the rows that make them."""
-        gone = self.nothing()
+        removed = self.nothing()
         for site, mask in masks.items():
-            gone[self.sites[site].before[~mask.cpu()]] = True
+            removed[self.sites[site].before[~mask.cpu()]] = True
         kept = {slot: torch.full_like(self.slots[slot], FIXED) for slot in self.reading}
-        return replace(self, slots=self.slots | kept, sites={}).count_parameters(gone)
+        return replace(self, slots=self.slots | kept, sites={}).count_parameters(removed)
 
     def savings(self, cost: Literal["parameters", "flops"], dead: Tensor) -> Tensor:
         """Return what each class costs, of shape ``(count,)``: what its removal alone would save."""
@@ -360,5 +360,5 @@ def positions(classes: Tensor, axis: Tensor) -> Tensor:
 
 
 def renumbered(dead: Tensor) -> Tensor:
-    """Return the number of each class once others are gone, ``FIXED`` for those, of shape ``(count,)``."""
+    """Return the number of each class once others are removed, ``FIXED`` for those, of shape ``(count,)``."""
     return torch.where(dead, FIXED, (~dead).cumsum(0) - 1)

@@ -270,11 +270,11 @@ def untied(net: nn.Module, record: Record) -> Record:
 
 def cut_tensors(net: nn.Module, record: Record, dead: Tensor) -> None:
     """Cut parameters and buffers, in place, and tell modules their new sizes; parameters stay the same objects."""
-    gone = record.removed(dead)
+    removed = record.removed(dead)
     parameters = dict(net.named_parameters())
     holders = _buffer_holders(net)
-    for (name, d), positions_gone in gone.items():
-        kept = (~positions_gone).nonzero().squeeze(1)
+    for (name, d), removed_positions in removed.items():
+        kept = (~removed_positions).nonzero().squeeze(1)
         if name in parameters:
             parameters[name].data = take(parameters[name].data, d, kept)
             parameters[name].grad = None

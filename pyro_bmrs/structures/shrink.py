@@ -92,9 +92,9 @@ def shrink_known(
     _try_on_copy(model.net, structures, dead, example_input)
     net = model.net.net if isinstance(model.net, Attachment) else model.net
     parameters = dict(net.named_parameters())
-    for (name, d), gone in record.removed(dead).items():
+    for (name, d), removed in record.removed(dead).items():
         if name in parameters:
-            _keep_memory(optimizer, [parameters[name]], d, (~gone).nonzero().squeeze(1))
+            _keep_memory(optimizer, [parameters[name]], d, (~removed).nonzero().squeeze(1))
     cut_tensors(net, record, dead)
     for name, layer in model.noise.items():
         layer.forget()

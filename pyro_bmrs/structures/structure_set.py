@@ -125,7 +125,7 @@ class StructureSet(Mapping[str, Structure]):
         return StructureSet(chosen, self.refused, self.record.restricted(chosen, placed), self.proved)
 
     def without(self, dead: Tensor) -> "StructureSet":
-        """Return what is left once classes are gone, noise still in place."""
+        """Return what is left once classes are removed, noise still in place."""
         record = self.record.without(dead)
         new, costs = renumbered(dead), record.costs()
         left = {}

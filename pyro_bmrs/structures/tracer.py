@@ -184,7 +184,7 @@ class Tracer(TorchDispatchMode):
         return f"{self.here!r}" if self.here else "the network itself"
 
     def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hear that a module starts to run."""
+        """Note that a module starts to run."""
         arguments: dict[int | str, Any] = dict(enumerate(args))
         arguments.update(kwargs)
         for key, value in arguments.items():
@@ -193,7 +193,7 @@ class Tracer(TorchDispatchMode):
         self._modules.append((name, arguments))
 
     def leave(self) -> None:
-        """Hear that it ends."""
+        """Note that it ends."""
         self._modules.pop()
 
     def of(self, tensor: Any) -> list[Tensor]:
@@ -213,7 +213,7 @@ class Tracer(TorchDispatchMode):
         return id(tensor) in self._parameters
 
     def moved(self, source: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Hear that outputs hold nothing but elements of ``source``."""
+        """Note that outputs hold nothing but elements of ``source``."""
         if self.is_parameter(source):
             self._parameters.update(map(id, outputs))
 
@@ -329,7 +329,7 @@ class Tracer(TorchDispatchMode):
         return None if within == support(labels) else _narrow(labels, within)
 
     def use(self, tensors: Sequence[Tensor]) -> None:
-        """Hear that tensors are used, by an operation or as outputs."""
+        """Note that tensors are used, by an operation or as outputs."""
         for each in tensors:
             for labels, dims, reason in self._deferred.pop(id(each), []):
                 self.labels.tie(labels, dims, reason)

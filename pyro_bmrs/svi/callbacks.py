@@ -1,4 +1,4 @@
-"""What may listen to a fit: one small protocol, and the listeners that come with the library."""
+"""Callbacks of a fit: one small protocol, and those that come with the library."""
 
 import json
 import logging
@@ -25,22 +25,25 @@ Record = dict[str, Any]
 
 
 class Callback:
-    """Listens to a fit; override what you need. In a fit of several processes only the first one's are called."""
+    """Base class of what a fit calls; override what you need.
+
+    In a fit of several processes only the first one calls them.
+    """
 
     def on_start(self, epochs: int, history: list[Record]) -> None:
-        """Hear that a fit of at most ``epochs`` epochs begins, or goes on after those of ``history``."""
+        """Called when a fit of at most ``epochs`` epochs begins, or resumes after those of ``history``."""
 
     def on_pruning(self, epoch: int, removed: Mapping[str, int]) -> None:
-        """Hear how many structures of each site were removed after ``epoch``, counted from 1."""
+        """Called with the number of structures of each site that were removed after ``epoch``, counted from 1."""
 
     def on_epoch_end(self, record: Record) -> None:
-        """Hear the record of the epoch that has ended (see ``FitResult.history``); what is added to it stays."""
+        """Called with the record of the epoch that has ended (see ``FitResult.history``); what is added to it stays."""
 
     def on_end(self, result: "FitResult") -> None:
-        """Hear the result; not called where a fit ends by an error."""
+        """Called with the result; not where a fit ends by an error."""
 
     def close(self) -> None:
-        """Let go of files and displays, whether the fit ended well or not."""
+        """Close files and displays; called however the fit ends."""
 
 
 class ProgressBar(Callback):

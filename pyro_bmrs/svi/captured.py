@@ -29,8 +29,8 @@ class CapturedStep:
     A step that cannot be captured runs as usual, after a warning that says why.
 
     Args:
-        objective: From ``(x, y, kl_weight, share)`` to a loss of shape ``()``, for instance a ``NoisyObjective``, on a
-            CUDA device.
+        objective: From ``(x, y, kl_weight, batch_weight)`` to a loss of shape ``()``, for instance a
+            ``NoisyObjective``, on a CUDA device.
         optimizer: Of its parameters, with ``capturable=True`` and learning rates that are tensors on that device:
             ``torch.optim.Adam(objective.parameters(), lr=torch.tensor(1e-3, device="cuda"), fused=True,
             capturable=True)``.
@@ -61,14 +61,14 @@ class CapturedStep:
         self._pool = torch.cuda.graph_pool_handle()
         self._given_up = False
 
-    def __call__(self, x: Tensor, y: Tensor, kl_weight: float, share: float = 1.0) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, kl_weight: float, batch_weight: float = 1.0) -> Tensor:
         """Take a step and return the batch's loss before it, of shape ``()``, on the device.
 
         Args:
             x: Inputs, of shape ``(batch, ...)``.
             y: Observations, of shape ``(batch, ...)``.
             kl_weight: Weight of the KL in this step.
-            share: Size of this batch over the mean size of those whose losses will be averaged with it.
+            batch_weight: Size of this batch over the mean size of those whose losses will be averaged with it.
         """
         masks = tuple(layer._masks() for layer in self._noise)  # a layer that has lost nothing yet applies no mask
         key = (x.shape, x.dtype, y.shape, y.dtype, self.objective.training, masks)
@@ -77,7 +77,7 @@ class CapturedStep:
             inputs = torch.empty_like(x, device=self.device), torch.empty_like(y, device=self.device)
             self._batches[key] = _Batch(*inputs, numbers)
         batch = self._batches[key]
-        batch.fill(x, y, kl_weight, share)
+        batch.fill(x, y, kl_weight, batch_weight)
         if batch.warm_ups < _WARM_UPS or self._given_up:
             batch.warm_ups += 1
             return self._on_the_side(batch)
@@ -124,7 +124,7 @@ class CapturedStep:
 
 @dataclass
 class _Batch:
-    """Where the graph of one layout reads its batch, and what it has come to."""
+    """The tensors from which the graph of one layout reads its batch, and the loss that it writes."""
 
     x: Tensor
     y: Tensor
@@ -133,8 +133,8 @@ class _Batch:
     graph: torch.cuda.CUDAGraph | None = None
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def fill(self, x: Tensor, y: Tensor, kl_weight: float, share: float) -> None:
+    def fill(self, x: Tensor, y: Tensor, kl_weight: float, batch_weight: float) -> None:
         self.x.copy_(x, non_blocking=True)
         self.y.copy_(y, non_blocking=True)
         self.numbers[0].fill_(kl_weight)
-        self.numbers[1].fill_(share)
+        self.numbers[1].fill_(batch_weight)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor, _inductor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_bmrs.randomness import local_seed
 
 __all__ = ["CompiledStep"]
 
@@ -44,8 +45,8 @@ class CompiledStep:
     a parameter that the loss does not depend on is None, as it is without compilation.
 
     Args:
-        objective: From ``(x, y, kl_weight, share)`` to a loss of shape ``()``, for instance a ``NoisyObjective``. All
-            its tensors that change are parameters and buffers.
+        objective: From ``(x, y, kl_weight, batch_weight)`` to a loss of shape ``()``, for instance a
+            ``NoisyObjective``. All its tensors that change are parameters and buffers.
         backend: ``"inductor"`` compiles the graph, which takes from ten seconds to a few minutes for each; ``"eager"``
             runs it as it is, which takes a second or two and is what to test with.
 
@@ -75,17 +76,17 @@ class CompiledStep:
         self._graphs: dict[Any, Callable[..., Sequence[Any]]] = {}
         self._given_up = False
 
-    def __call__(self, x: Tensor, y: Tensor, kl_weight: float, share: float = 1.0) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, kl_weight: float, batch_weight: float = 1.0) -> Tensor:
         """Return the loss of a batch, of shape ``()`` and detached, and accumulate gradients.
 
         Args:
             x: Inputs, of shape ``(batch, ...)``.
             y: Observations, of shape ``(batch, ...)``.
             kl_weight: Weight of the KL in this step.
-            share: Size of this batch over the mean size of those whose losses will be averaged with it.
+            batch_weight: Size of this batch over the mean size of those whose losses will be averaged with it.
         """
         state = _State.of(self.objective)
-        numbers = state.number(kl_weight), state.number(share)
+        numbers = state.number(kl_weight), state.number(batch_weight)
         if self._given_up:
             return self._eager(x, y, *numbers)
         inputs = (*state.parameters.values(), *state.buffers.values(), x, y, *numbers)
@@ -109,14 +110,14 @@ class CompiledStep:
                 _accumulate(parameter, gradient)
         return loss
 
-    def _eager(self, x: Tensor, y: Tensor, kl_weight: Tensor, share: Tensor) -> Tensor:
-        loss = self.objective(x, y, kl_weight, share)
+    def _eager(self, x: Tensor, y: Tensor, kl_weight: Tensor, batch_weight: Tensor) -> Tensor:
+        loss = self.objective(x, y, kl_weight, batch_weight)
         loss.backward()
         return loss.detach()
 
     def _prepare(self, state: "_State", inputs: tuple[Tensor, ...]) -> Callable[..., Sequence[Any]]:
         """Trace, and compile, for inputs of these layouts; neither draws from the caller's random stream."""
-        with _forked_random_state(inputs), pyro.validation_enabled(False), warnings.catch_warnings():
+        with _own_random_state(inputs, validate=False), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch
             graph = _trace(self.objective, state, inputs)
             self.traces += 1
@@ -125,7 +126,7 @@ class CompiledStep:
     def _fill_caches(self, state: "_State", inputs: tuple[Tensor, ...]) -> None:
         """Run the objective once, so that nothing is cached while tracing, and a mistake in it shows as what it is."""
         before = [buffer.clone() for buffer in state.buffers.values()]
-        with _forked_random_state(inputs), torch.no_grad():
+        with _own_random_state(inputs), torch.no_grad():
             self.objective(*inputs[-4:])
             for buffer, value in zip(state.buffers.values(), before, strict=True):
                 buffer.copy_(value)
@@ -153,8 +154,8 @@ class _State(NamedTuple):
         return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
-def _forked_random_state(inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
-    return torch.random.fork_rng({each.device for each in inputs if each.is_cuda})
+def _own_random_state(inputs: Sequence[Tensor], validate: bool = True) -> AbstractContextManager[None]:
+    return local_seed(devices={each.device for each in inputs}, validate=validate)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Whether a posterior has got anywhere, and come to rest: what a fit says of it when its noise is over."""
+"""Whether a posterior has moved and converged, when the epochs with noise have ended."""
 
 import math
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.model.guides.flat import FlatGuide
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.svi.checkpoint import State
 from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.importance import FEWEST_RATIOS, log_ratios
-from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["Diagnostics", "PosteriorWatch"]
 
@@ -34,7 +34,7 @@ class Diagnostics:
     Attributes:
         unmoved: bool; every parameter of the structure's posterior is within 0.01 of where it began.
         moving: bool; a parameter went at least half as far in the last tenth of the epochs as in their average tenth,
-            and further than 0.1: more epochs, or a decay of the learning rates, would let it come to rest.
+            and further than 0.1: more epochs, or a decay of the learning rates, would let it converge.
         at_bound: bool; a parameter is at the end of the range that its guide keeps it in.
         overlap: Mass that posterior and prior have in common, from 0 to 1, of 200 draws; near 1, the data say nothing
             of the structure. NaN where it has been cut out by shrinking.
@@ -89,7 +89,7 @@ class PosteriorWatch:
         self._log_ratios: Tensor | None = None
 
     def note(self, epoch: int) -> None:
-        """Hear that an epoch with noise has ended, counted from 1."""
+        """Note the posterior at the end of an epoch with noise, counted from 1, if it is the last but one tenth."""
         if epoch == self._late:
             self._before_last = _parameters(self.guide)
 
@@ -165,7 +165,7 @@ def _at(values: Tensor, ends: tuple[float, float]) -> Tensor:
 def _overlap(guide: FlatGuide) -> BySite:
     """Return the mass that posterior and prior share, the mean over draws of the posterior of ``min(1, p / q)``."""
     priors, found = guide.prior(), {}
-    with local_seed(0, [guide.device]):
+    with local_seed(0, [guide.device], validate=False):
         for site, posterior in guide.posterior().items():
             shared = torch.zeros(posterior.batch_shape, device=guide.device)
             for _ in range(_DRAWS // _AT_ONCE):

@@ -1,53 +1,50 @@
 """Fitting one model from many seeds at once: deep ensembles, and error bars, for less than the sum of their parts."""
 
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pyro_bmrs.checks import check_flag, check_function, check_list, check_seed, described
-from pyro_bmrs.criteria import Criterion
+from pyro_bmrs.checks import check_function, check_list, check_seed, described
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import first_examples, on_device
-from pyro_bmrs.structures.refusal import Unremovable, removable_structures
+from pyro_bmrs.structures.refusal import removable_structures
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, ProgressBar
 from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.making import Data
 from pyro_bmrs.svi.data.source import Source
-from pyro_bmrs.svi.devices import check_dtypes, resolve_device
-from pyro_bmrs.svi.diagnostics import PosteriorWatch
-from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO
-from pyro_bmrs.svi.fit import DEFAULT_CRITERION, DEFAULT_PRUNING
-from pyro_bmrs.svi.history import History
-from pyro_bmrs.svi.isolation import isolated, local_seed
+from pyro_bmrs.svi.devices import check_dtypes, keep_freed_memory, make_fabric
+from pyro_bmrs.svi.elbo import MeanFieldELBO
+from pyro_bmrs.svi.isolation import isolated
 from pyro_bmrs.svi.pruner import Pruner
-from pyro_bmrs.svi.replicas import ReplicaTrainer
+from pyro_bmrs.svi.pruning import Continuous, Pruning
+from pyro_bmrs.svi.replicas import TrainedReplicas
 from pyro_bmrs.svi.result import FitResult, FitWarning
-from pyro_bmrs.svi.schedule import Continuous, Rates
+from pyro_bmrs.svi.run import Member, Run
 from pyro_bmrs.svi.settings import (
+    FitSettings,
     check_callbacks,
-    check_choices,
-    check_data_sets,
     check_model_and_guide,
-    check_trained,
+    checked_settings,
     counting_examples,
+    prepare,
 )
+from pyro_bmrs.svi.training import Trainer
 
-__all__ = ["Replica", "fit_ensemble"]
+__all__ = ["EnsembleMember", "fit_ensemble"]
 
 Make = Callable[[], tuple[NoisyNetwork, FlatGuide]]
 
 
 @dataclass(frozen=True)
-class Replica:
+class EnsembleMember:
     """One of the fits of an ensemble.
 
     Attributes:
@@ -69,21 +66,9 @@ def fit_ensemble(
     validation: Data | None = None,
     *,
     seeds: Sequence[int],
-    criterion: Criterion | None = DEFAULT_CRITERION,
-    pruning: Continuous = DEFAULT_PRUNING,
-    epochs: int | None = None,
-    fine_tune_epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float = 2e-3,
-    posterior_lr: float | None = None,
-    decay: bool = True,
-    kl_warmup_epochs: int | None = None,
-    granularity: Granularity = "shared",
-    device: str | torch.device = "auto",
-    unremovable: Unremovable = "refuse",
-    progress: bool = True,
     callbacks: Callable[[int], Sequence[Callback]] | None = None,
-) -> list[Replica]:
+    **settings: Unpack[FitSettings],
+) -> list[EnsembleMember]:
     """Fit a model once for each seed, all at once: what small networks leave idle, their replicas use.
 
     Each replica is fitted as ``fit(*make(), train, validation, seed=seed, ...)`` would, ``make`` having been called
@@ -92,26 +77,14 @@ def fit_ensemble(
 
     Args:
         make: Makes a model and its guide, all alike but for their numbers.
-        train: As for ``fit``, but tensors: one of inputs, one of observations. All the others are as for ``fit`` too.
-        validation: Likewise.
+        train: As for ``fit``, but tensors: one of inputs, one of observations.
+        validation: The same, to report on after every epoch.
         seeds: One for each replica.
-        criterion: Likewise.
-        pruning: ``Continuous()``; replicas stay of one shape, so it cannot shrink them.
-        epochs: Likewise.
-        fine_tune_epochs: Likewise.
-        batch_size: At most this many examples per step and replica.
-        lr: Likewise.
-        posterior_lr: Likewise.
-        decay: Likewise.
-        kl_warmup_epochs: Likewise.
-        granularity: Likewise.
-        device: Likewise.
-        unremovable: As for ``fit``.
-        progress: Whether to show a progress bar, with means over the replicas.
-        callbacks: From a seed to what is told of its replica.
+        callbacks: From a seed to the callbacks of its replica.
+        settings: See ``FitSettings``.
 
     Returns:
-        One replica per seed, in their order.
+        One member per seed, in their order.
 
     Raises:
         TypeError, ValueError: If the data or an argument does not fit, or the replicas are not alike; before training
@@ -125,74 +98,58 @@ def fit_ensemble(
         ...     return model, bmrs.TruncatedLogNormalGuide(model)
         >>> x = torch.randn(20, 4)
         >>> data = (x, (x[:, 0] > 0).long())
-        >>> replicas = bmrs.fit_ensemble(make, data, seeds=range(3), epochs=2, batch_size=5, progress=False)
-        >>> torch.stack([bmrs.predict(each.model, each.guide, x).softmax(-1) for each in replicas]).mean(0).shape
+        >>> members = bmrs.fit_ensemble(make, data, seeds=range(3), epochs=2, batch_size=5, progress=False)
+        >>> torch.stack([bmrs.predict(each.model, each.guide, x).softmax(-1) for each in members]).mean(0).shape
         torch.Size([20, 2])
     """
-    check_choices(criterion, pruning)
+    chosen = checked_settings("fit_ensemble", settings)
+    criterion, pruning = chosen["criterion"], chosen["pruning"]
     _check_pruning(pruning)
     seeds = _checked_seeds(seeds)
-    check_flag("progress", progress)
     check_function("make", make, "that returns a model and its guide")
     if callbacks is not None:
         check_function("callbacks", callbacks, "from a seed to a sequence of Callback")
-    elbo, target = MeanFieldELBO(granularity), resolve_device(device)
-    started = time.perf_counter()
-    with isolated([]), local_seed(seeds[0], [target]), ExitStack() as open_now:
+    elbo, fabric = MeanFieldELBO(chosen["granularity"]), make_fabric(chosen["device"], "32-true")
+    with isolated([]), local_seed(seeds[0], [fabric.device], validate=False), ExitStack() as open_now:
         pairs = _make_all(make, seeds)
         open_now.enter_context(isolated([each for pair in pairs for each in pair]))
-        source, held_out = check_data_sets([model for model, _ in pairs], train, validation, None, batch_size)
-        data = _tensors(source)
-        rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, kl_warmup_epochs, source.steps, decay=decay)
-        for seed, pair in zip(seeds, pairs, strict=True):
-            with _of_seed(seed):
-                check_trained(*pair, rates.epochs - rates.noisy_epochs)
-        listeners = [_listeners(seed, callbacks) for seed in seeds]
+        ready = prepare(pairs, train, validation, chosen)
+        data, first = _tensors(ready.data), ready.data.first
+        listed = [[] if callbacks is None else check_callbacks(callbacks(seed)) for seed in seeds]
         model, guide = pairs[0]
-        x, y = on_device(source.first[0], guide.device, model.net), source.first[1].to(guide.device)
-        structures = removable_structures(model.net, first_examples(x, 2), None, unremovable)  # of replicas alike
+        x, y = on_device(first[0], guide.device, model.net), first[1].to(guide.device)
+        structures = removable_structures(model.net, first_examples(x, 2), None, chosen["unremovable"])  # alike in all
         Pruner(model, guide, criterion, (x, y), structures).check_criterion()
         for model, guide in pairs:
-            open_now.enter_context(counting_examples(model, source.size))
-            model.to(target)
-            guide.to(target)
-        _check_settings(pairs)
-        first = on_device(source.first[0], target, pairs[0][0].net), source.first[1].to(target)
-        for each in (source, *([] if held_out is None else [held_out])):
-            each.place(target)
+            open_now.enter_context(counting_examples(model, ready.data.size))
+            model.to(fabric.device)
+            guide.to(fabric.device)
+        _check_alike(pairs)
+        ready.place(fabric.device)
+        keep_freed_memory(fabric.device)
+        batch = on_device(first[0], fabric.device, pairs[0][0].net), first[1].to(fabric.device)
         models, guides = zip(*pairs, strict=True)
-        trainer = ReplicaTrainer(models, guides, seeds, elbo, data, source.batch_size, rates)
-        fits = []
-        for (model, guide), own in zip(pairs, listeners, strict=True):
-            listener = open_now.enter_context(closing(Callbacks(own)))
-            pruner = Pruner(model, guide, criterion, first, structures)
-            history = History(model, guide, pruner, held_out)
-            advice = Advice(history, pruner, rates, source)
-            fits.append(_Fit(pruner, history, listener, advice, PosteriorWatch(guide, rates.noisy_epochs)))
-            model.fitted = True
-        bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if progress else [])))
+        trained = TrainedReplicas(fabric, models, guides, seeds, elbo, data, ready.data.batch_size)
+        open_now.callback(trained.stack.release)
+        members, advice = [], {}
+        for seed, (model, guide), own in zip(seeds, pairs, listed, strict=True):
+            pruner = Pruner(model, guide, criterion, batch, structures)
+            all_callbacks = open_now.enter_context(closing(Callbacks(own)))
+            members.append(Member.of(pruner, ready.validation, ready.rates.noisy_epochs, all_callbacks))
+            advice[seed] = Advice(members[-1].history, pruner, ready.rates, ready.data)
+        run = Run(Trainer(trained, ready.rates), members, pruning, ready.plan, ready.data)
+        bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if chosen["progress"] else [])))
         try:
-            _run(trainer, fits, pruning, source, bar)
-        finally:
-            trainer.stack.release()
-        replicas = [_ended(seed, each, started) for seed, each in zip(seeds, fits, strict=True)]
-        _advise(seeds, fits)
-    return replicas
-
-
-def _ended(seed: int, fit: "_Fit", started: float) -> Replica:
-    """Return what has become of one replica, and tell its callbacks."""
-    model, guide = fit.history.model.eval(), fit.history.guide
-    model.fine_tuned = fit.history.ends_fine_tuned
-    seconds, diagnostics = time.perf_counter() - started, fit.watch.diagnostics()
-    result = FitResult(fit.pruner.masks, fit.pruner.scores, fit.history.entries, seconds, diagnostics)
-    fit.listener.on_end(result)
-    return Replica(seed, model, guide, result)
-
-
-def _listeners(seed: int, callbacks: Callable[[int], Sequence[Callback]] | None) -> list[Callback]:
-    """Return what listens to the fit of one seed."""
-    return [] if callbacks is None else check_callbacks(callbacks(seed))
+            run.go(summary=bar)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. Lower lr or posterior_lr") from None
+        trained.stack.release()
+        results = [each.end(run.seconds) for each in members]
+        _advise(advice)
+    return [
+        EnsembleMember(seed, each.model, each.guide, result)
+        for seed, each, result in zip(seeds, members, results, strict=True)
+    ]
 
 
 def _checked_seeds(seeds: Any) -> list[int]:
@@ -203,13 +160,13 @@ def _checked_seeds(seeds: Any) -> list[int]:
     return checked
 
 
-def _check_pruning(pruning: Any) -> None:
+def _check_pruning(pruning: Pruning) -> None:
     if not isinstance(pruning, Continuous):
         raise TypeError(
             f"pruning must be Continuous() for an ensemble, but got {pruning!r}: replicas would stop at different "
             "levels, with different epochs; fit them one by one"
         )
-    if pruning.shrink:
+    if pruning.shrinks:
         raise ValueError(
             "pruning=Continuous(shrink=True) would give the replicas of an ensemble different shapes: leave shrink "
             "out, and compact them at the end"
@@ -266,63 +223,21 @@ def _make_all(make: Make, seeds: Sequence[int]) -> list[tuple[NoisyNetwork, Flat
     return pairs
 
 
-def _check_settings(pairs: Sequence[tuple[NoisyNetwork, FlatGuide]]) -> None:
+def _check_alike(pairs: Sequence[tuple[NoisyNetwork, FlatGuide]]) -> None:
     settings = [(model.num_data, model.kl_weight, model.kl_weights) for model, _ in pairs]
     if any(each != settings[0] for each in settings):
         shown = [each[:2] for each in settings] if settings[0][2] == settings[1][2] else settings
         raise ValueError(f"replicas must have one num_data and one kl_weight, but got the pairs {shown}")
 
 
-def _advise(seeds: Sequence[int], fits: Sequence["_Fit"]) -> None:
+def _advise(advice: Mapping[int, Advice]) -> None:
     """Warn once of the replicas that have little to show."""
-    texts = {seed: text for seed, each in zip(seeds, fits, strict=True) if (text := each.advice.text())}
+    texts = {seed: text for seed, each in advice.items() if (text := each.text())}
     if texts:
         seed, text = next(iter(texts.items()))
         warnings.warn(
-            f"the fit has ended, but of {len(texts)} of {len(fits)} replicas ({', '.join(map(str, texts))}) there is "
+            f"the fit has ended, but of {len(texts)} of {len(advice)} replicas ({', '.join(map(str, texts))}) there is "
             f"little to show, for instance of seed {seed}: {text}",
             FitWarning,
             stacklevel=3,
         )
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What is kept for each replica on its own."""
-
-    pruner: Pruner
-    history: History
-    listener: Callback
-    advice: Advice
-    watch: PosteriorWatch
-
-
-def _run(trainer: ReplicaTrainer, fits: Sequence[_Fit], pruning: Continuous, source: Source, bar: Callback) -> None:
-    """Run all epochs."""
-    noisy_epochs, epochs = trainer.rates.noisy_epochs, trainer.rates.epochs
-    for listener in (*(each.listener for each in fits), bar):
-        listener.on_start(epochs, [])
-    for epoch in range(1, epochs + 1):
-        noisy = epoch <= noisy_epochs
-        try:
-            losses = trainer.noisy_epoch() if noisy else trainer.fine_tune_epoch()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}. Lower lr or posterior_lr") from None
-        records = []
-        for each, loss in zip(fits, losses, strict=True):
-            if noisy:
-                each.watch.note(epoch)
-            if noisy and pruning.is_due(epoch, trainer.rates.kl_warmup_epochs):
-                each.listener.on_pruning(epoch, each.pruner.remove_supported())
-            records.append(each.history.record("noisy" if noisy else "fine-tune", loss, each.history.model.kl_weight))
-            if epoch == noisy_epochs:
-                each.pruner.restore_removed()
-                each.watch.note_end(source)
-            each.listener.on_epoch_end(records[-1])
-        bar.on_epoch_end(_means(records))
-
-
-def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the means of the numbers that the progress bar shows."""
-    shown = ("loss", "compression", "accuracy_validation", "rmse_validation", "log_likelihood_validation")
-    return {name: statistics.fmean(record[name] for record in records) for name in shown if name in records[0]}

@@ -1,55 +1,53 @@
 """Fitting: stochastic variational inference, pruning, and fine-tuning of what remains."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_bmrs.checks import check_flag, check_integer, check_seed, described
-from pyro_bmrs.criteria import BMRS_N, Criterion
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.io.files import PathLike
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import first_examples, on_device
-from pyro_bmrs.structures.refusal import Unremovable, removable_structures
+from pyro_bmrs.structures.refusal import removable_structures
 from pyro_bmrs.structures.structure_set import StructureSet, check_structures
 from pyro_bmrs.svi.advice import Advice
 from pyro_bmrs.svi.callbacks import Callback, Callbacks, FabricLoggers, JSONLines, ProgressBar
+from pyro_bmrs.svi.checkpointing import Checkpointing
 from pyro_bmrs.svi.data.making import Data
 from pyro_bmrs.svi.data.source import Batch, Source
-from pyro_bmrs.svi.data.unpacking import Unpack
-from pyro_bmrs.svi.devices import check_dtypes, check_precision, make_fabric
-from pyro_bmrs.svi.elbo import Granularity, MeanFieldELBO, ObservedLogProb
-from pyro_bmrs.svi.isolation import isolated, local_seed
+from pyro_bmrs.svi.data.unpacking import Unpack as UnpackBatch
+from pyro_bmrs.svi.devices import check_dtypes, check_precision, keep_freed_memory, make_fabric
+from pyro_bmrs.svi.elbo import MeanFieldELBO, ObservedLogProb
+from pyro_bmrs.svi.isolation import isolated
 from pyro_bmrs.svi.problem import problem_fingerprints
 from pyro_bmrs.svi.pruner import Pruner
+from pyro_bmrs.svi.pruning import Pruning
 from pyro_bmrs.svi.result import FitResult, FitWarning
-from pyro_bmrs.svi.run import Run, make_plan
+from pyro_bmrs.svi.run import Member, Run
 from pyro_bmrs.svi.run_folder import RunFolder
-from pyro_bmrs.svi.schedule import Continuous, Pruning, Rates, ToSize
 from pyro_bmrs.svi.settings import (
+    FitSettings,
     check_callbacks,
-    check_choices,
-    check_data_sets,
     check_model_and_guide,
-    check_trained,
+    checked_settings,
     counting_examples,
+    prepare,
 )
+from pyro_bmrs.svi.trained_model import TrainedModel
 from pyro_bmrs.svi.training import Trainer
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 __all__ = ["fit"]
-
-DEFAULT_CRITERION = BMRS_N(prior_log_odds=math.log(3))
-DEFAULT_PRUNING = Continuous()
 
 _FITTED = (
     "the model has been fitted before: this fit goes on from there, without the structures removed then; make model "
@@ -63,31 +61,19 @@ def fit(
     train: Data,
     validation: Data | None = None,
     *,
-    criterion: Criterion | None = DEFAULT_CRITERION,
-    pruning: Pruning = DEFAULT_PRUNING,
-    unpack: Unpack | None = None,
-    epochs: int | None = None,
-    fine_tune_epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float = 2e-3,
-    posterior_lr: float | None = None,
-    kl_warmup_epochs: int | None = None,
-    decay: bool = True,
-    granularity: Granularity = "shared",
-    device: str | torch.device = "auto",
+    unpack: UnpackBatch | None = None,
+    structures: StructureSet | None = None,
     precision: str = "32-true",
     fabric: "Fabric | None" = None,
     compile: bool = False,  # noqa: A002  (torch's name for it)
-    structures: StructureSet | None = None,
-    unremovable: Unremovable = "refuse",
     seed: int | None = None,
-    progress: bool = True,
     callbacks: Sequence[Callback] = (),
     folder: PathLike | None = None,
     checkpoint_every: int = 1,
     resume: bool = False,
+    **settings: Unpack[FitSettings],
 ) -> FitResult:
-    r"""Fit weights and posterior by SVI, remove what the criterion does not support, and fine-tune the rest.
+    r"""Fit weights and posterior by SVI, remove what the criterion would, and fine-tune the rest.
 
     First ``epochs`` epochs with noise, pruned as ``pruning`` says; then ``fine_tune_epochs`` with every
     :math:`\theta` of the remaining structures at its posterior mean. Adam for both, learning rates decaying along a
@@ -103,24 +89,8 @@ def fit(
             iterable of batches that has a length and gives them anew each time. All but the first two are loaded as
             they are used. Inputs of dtype uint8 are divided by 255 when used.
         validation: The same, to report on after every epoch; never used to decide anything.
-        criterion: What to remove; None removes nothing.
-        pruning: When to remove: ``Continuous()``, ``PostTraining()`` or, to reach a size, ``ToSize(fraction)``.
         unpack: From a batch to inputs and observations, where it is neither a pair nor a mapping with ``"labels"``.
-        epochs: Epochs with noise; by default what 5,000 steps take, at least 3.
-        fine_tune_epochs: Epochs without (of post-training pruning: after the last level); by default a third of
-            ``epochs``. In them the statistics of batch norms, which noise has widened, become those without noise.
-        batch_size: At most this many examples per step, over all processes; by default a sixteenth of them, but 16 to
-            64. A ``DataLoader`` and an iterable of batches have sizes of their own.
-        lr: Initial learning rate of the weights.
-        posterior_lr: Initial learning rate of the posterior's parameters, in units of :math:`\log\theta`;
-            by default 50 times ``lr``: locations have to travel, weights do not. More where there are so few steps
-            that they could not travel 500 nats, up to 0.3.
-        kl_warmup_epochs: Epochs over which the KL's weight rises linearly to ``model.kl_weight``; by default a
-            quarter of ``epochs``, none with ``ToSize``. Without, a posterior that moves faster than the weights
-            collapses onto its prior before they have learned anything.
-        decay: Whether learning rates decay along the cosine; otherwise they stay as they are.
-        granularity: How often noise is drawn, see ``MeanFieldELBO``.
-        device: ``"auto"`` takes CUDA if there is a device.
+        structures: What ``find_structures`` has said of the network; found and proved by default.
         precision: ``"32-true"``: everything in the dtype of the model, float32 or float64. ``"64-true"``: the same,
             and the model must be of float64. ``"bf16-mixed"`` or ``"16-mixed"``: the network computes in less;
             weights, posterior and KL stay as they are.
@@ -129,12 +99,8 @@ def fit(
             arguments and gets the same result; each draws its own noise.
         compile: Whether to compile steps, which takes its time once (on CUDA to capture them as a graph, which does
             not): for long fits.
-        structures: What ``find_structures`` has said of the network; found and proved by default.
-        unremovable: What to do with sites whose structures cannot be removed later: ``"refuse"`` them before training,
-            or ``"mask"`` them only.
         seed: Seed of data order and noise; the caller's random state is left alone. None draws from it instead.
-        progress: Whether to show a progress bar.
-        callbacks: Told of every epoch, every pruning and the end.
+        callbacks: Called at every epoch, every pruning and the end.
         folder: Where to keep ``metrics.jsonl``, one line per epoch, and ``checkpoint/fit.safetensors``.
         checkpoint_every: Epochs between checkpoints; there is always one at the end.
         resume: Whether to go on from the checkpoint in ``folder``, if there is one, to the same result, to the bit on
@@ -142,6 +108,9 @@ def fit(
             with these arguments, data, network, likelihood and criterion. A ``DataLoader``'s order and augmentation
             are brought back too, and the state of a loader that has ``state_dict``; what cannot be is said at the
             start.
+        settings: ``criterion``, ``pruning``, ``epochs``, ``fine_tune_epochs``, ``batch_size``, ``lr``,
+            ``posterior_lr``, ``kl_warmup_epochs``, ``decay``, ``granularity``, ``device``, ``unremovable`` and
+            ``progress``: see ``FitSettings``.
 
     Returns:
         Masks, last scores and the history.
@@ -162,67 +131,73 @@ def fit(
     Warns:
         FitWarning: If the model has been fitted before, ``num_data`` is not the size of ``train``, or the fit ends
             with nothing to show for it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), bmrs.MultiplicativeNoise(16), nn.Linear(16, 2))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(64, 4)
+        >>> result = bmrs.fit(model, guide, (x, (x[:, 0] > 0).long()), epochs=200, seed=0, progress=False)
+        >>> result.compression > 0
+        True
     """
     check_model_and_guide(model, guide)
-    check_choices(criterion, pruning)
+    chosen = checked_settings("fit", settings)
+    criterion, pruning = chosen["criterion"], chosen["pruning"]
     _check_numbers(checkpoint_every, seed)
-    _check_switches(compile, progress, resume, folder, pruning, guide)
-    elbo = MeanFieldELBO(granularity)
-    fabric = make_fabric(device, precision) if fabric is None else _check_fabric(fabric)
+    _check_switches(compile, resume, folder, pruning, guide)
+    elbo = MeanFieldELBO(chosen["granularity"])
+    fabric = make_fabric(chosen["device"], precision) if fabric is None else _check_fabric(fabric)
     check_dtypes(model, guide, fabric.strategy.precision.precision)
     if structures is not None:
         check_structures(model.net, structures)
-    data, held_out = check_data_sets([model], train, validation, unpack, batch_size)
+    ready = prepare([(model, guide)], train, validation, chosen, unpack)
+    data, rates, plan = ready.data, ready.rates, ready.plan
     _check_streams(data, fabric, compile, folder is not None)
-    levels = len(make_plan(0, pruning, 0))
-    warm_up = 0 if kl_warmup_epochs is None and isinstance(pruning, ToSize) else kl_warmup_epochs
-    rates = Rates.planned(lr, posterior_lr, epochs, fine_tune_epochs, warm_up, data.steps, levels, decay)
-    plan = make_plan(rates.noisy_epochs, pruning, rates.epochs - rates.noisy_epochs - levels)
-    check_trained(model, guide, rates.epochs - rates.noisy_epochs)
     run_folder = None if folder is None else RunFolder(folder, fabric, resume)
-    listeners = _listeners(fabric, check_callbacks(callbacks), run_folder, progress)
+    listed = _listed(fabric, check_callbacks(callbacks), run_folder, chosen["progress"])
     with isolated([model, guide]), counting_examples(model, data.size):
-        settings: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "pruning": repr(pruning),
             "rates": repr(rates),
             "batch_size": data.batch_size,
-            "granularity": granularity,
+            "granularity": elbo.granularity,
             "processes": fabric.world_size,
             "precision": fabric.strategy.precision.precision,
             "seed": seed,
         }
         if run_folder is not None:
-            settings |= problem_fingerprints(model, guide, criterion, data, held_out)
+            identity |= problem_fingerprints(model, guide, criterion, data, ready.validation)
         x, y = _first_batch(data, model, guide)
-        known = removable_structures(model.net, first_examples(x, 2), structures, unremovable)
+        known = removable_structures(model.net, first_examples(x, 2), structures, chosen["unremovable"])
         Pruner(model, guide, criterion, (x, y), known).check_criterion()
         shared = fabric.broadcast(int(torch.randint(2**31, ())) if seed is None else seed)
         with (
-            local_seed(shared + fabric.global_rank, [fabric.device]),
+            local_seed(shared + fabric.global_rank, [fabric.device], validate=False),
             run_folder or nullcontext(),
-            closing(Callbacks(listeners)) as listener,
+            closing(Callbacks(listed)) as all_callbacks,
         ):
             model.to(fabric.device)
             guide.to(fabric.device)
+            ready.place(fabric.device)
+            keep_freed_memory(fabric.device)
             order = torch.Generator().manual_seed(shared)
-            for source in (data, *([] if held_out is None else [held_out])):
-                source.place(fabric.device)
+            trained = TrainedModel(fabric, model, guide, elbo, data, order, compile)
             pruner = Pruner(model, guide, criterion, _on(data.first, model, fabric.device), known)
-            trainer = Trainer(fabric, model, guide, elbo, data, rates, order, compile)
-            run = Run(trainer, pruner, held_out, pruning, settings, run_folder)
-            advice = Advice(run.history, pruner, rates, data)
-            if run_folder is not None and run_folder.checkpoint.exists():
-                run.resume(plan)
+            member = Member.of(pruner, ready.validation, rates.noisy_epochs, all_callbacks)
+            run = Run(Trainer(trained, rates, compile and fabric.device.type == "cuda"), [member], pruning, plan, data)
+            advice = Advice(member.history, pruner, rates, data)
+            kept = None if run_folder is None else Checkpointing(run, trained, identity, run_folder, checkpoint_every)
+            if kept is not None and kept.exists():
+                kept.resume()
             elif model.fitted and rates.noisy_epochs:
                 warnings.warn(_FITTED, FitWarning, stacklevel=2)
-            if run.position < len(plan):
-                listener.on_start(len(plan), run.history.entries)
-                model.fitted = True
-                run.go(plan, checkpoint_every, listener)
-            model.eval()
-            model.fine_tuned = run.history.ends_fine_tuned
-            result = FitResult(pruner.masks, pruner.scores, run.history.entries, run.seconds, run.watch.diagnostics())
-            listener.on_end(result)
+            try:
+                run.go(None if kept is None else kept.save_if_due)
+            except FloatingPointError as error:
+                last = "" if kept is None else kept.last_good()
+                raise FloatingPointError(f"{error}. Lower lr or posterior_lr{last}") from None
+            result = member.end(run.seconds)
             if fabric.is_global_zero:
                 advice.give()
     return result
@@ -234,20 +209,19 @@ def _check_numbers(checkpoint_every: Any, seed: Any) -> None:
         check_seed("seed", seed)
 
 
-def _check_switches(compiled: Any, progress: Any, resume: Any, folder: Any, pruning: Any, guide: FlatGuide) -> None:
-    for name, flag in (("compile", compiled), ("progress", progress), ("resume", resume)):
+def _check_switches(compiled: Any, resume: Any, folder: Any, pruning: Pruning, guide: FlatGuide) -> None:
+    for name, flag in (("compile", compiled), ("resume", resume)):
         check_flag(name, flag)
     if resume and folder is None:
         raise ValueError("resume=True needs the folder whose checkpoint to go on from")
-    shrinks = isinstance(pruning, Continuous) and pruning.shrink
     if compiled and guide.listeners:
         raise ValueError("compile=True excludes listening to training's gradients: leave one of them out")
-    if guide.latents is not None and (compiled or shrinks):
+    if guide.latents is not None and (compiled or pruning.shrinks):
         raise ValueError(
             f"{'compile' if compiled else 'shrink'}=True is for noise alone, but the guide has other latent sites: "
             "leave it out"
         )
-    if compiled and shrinks:
+    if compiled and pruning.shrinks:
         raise ValueError("compile and shrink exclude each other: whatever shrinks would have to be compiled anew")
 
 
@@ -268,10 +242,10 @@ def _check_streams(data: Source, fabric: "Fabric", compiled: bool, kept: bool) -
         )
 
 
-def _listeners(
+def _listed(
     fabric: "Fabric", callbacks: Sequence[Callback], folder: RunFolder | None, progress: bool
 ) -> list[Callback]:
-    """Return all that listens to the fit, in the first process."""
+    """Return all callbacks of the fit, in the first process."""
     if not fabric.is_global_zero:
         return []
     own = [] if folder is None else [JSONLines(folder.metrics)]

@@ -11,15 +11,15 @@ from torch.distributions import Categorical
 
 from pyro_bmrs.bmr.free_form import FreeFormFactor, GradientSums, free_form_factor
 from pyro_bmrs.checks import check_integer, check_seed
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import Inputs, batch_size, on_device
 from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.data.unpacking import Unpack
-from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["FreeFormEvidence", "curvature", "evidence_of", "factors_of", "free_form_evidence", "gradient_sums"]
 
@@ -88,7 +88,7 @@ def free_form_evidence(
     if num_data is not None:
         check_integer("num_data", num_data, low=1)
     source = source_of(data, model, unpack)
-    with local_seed(seed, [guide.device]):
+    with local_seed(seed, [guide.device], validate=False):
         sums = gradient_sums(model, guide, source, pairs)
     return evidence_of(guide, sums, num_data or model.num_data or source.size)
 

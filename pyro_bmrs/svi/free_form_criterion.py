@@ -15,10 +15,10 @@ from pyro_bmrs.criteria.base import PruningContext, Scores
 from pyro_bmrs.criteria.evidence import EvidenceCriterion
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.pair import check_pair
 from pyro_bmrs.svi.data.making import source_of
 from pyro_bmrs.svi.free_form import curvature, factors_of, gradient_sums
-from pyro_bmrs.svi.isolation import local_seed
 from pyro_bmrs.svi.training_gradients import TrainingGradients
 
 __all__ = ["FreeFormCriterion"]
@@ -73,9 +73,9 @@ class FreeFormCriterion(EvidenceCriterion):
         portions = order[: int(((alone >= 0) & guide.keep).sum())].chunk(self.stages)
         scores = alone.clone()
         for i in range(1, len(portions)):
-            gone = torch.zeros_like(guide.keep)
-            gone[torch.cat([each[scores[each] >= 0] for each in portions[:i]])] = True
-            with _without(context.model, guide.split(gone)):
+            absent = torch.zeros_like(guide.keep)
+            absent[torch.cat([each[scores[each] >= 0] for each in portions[:i]])] = True
+            with _without(context.model, guide.split(absent)):
                 scores[portions[i]] = self._judged(context, guide)[portions[i]]
         return guide.split(scores)
 
@@ -103,11 +103,11 @@ class FreeFormCriterion(EvidenceCriterion):
                 raise ValueError("the TrainingGradients of FreeFormCriterion are of another guide than is fitted")
             if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise ValueError("TrainingGradients are of one process alone: give FreeFormCriterion the data")
-            with local_seed(0, [guide.device]):
+            with local_seed(0, [guide.device], validate=False):
                 sums = self.data.sums
                 return sums and sums + curvature(model, guide, context.x), self.data.examples
         source = source_of(self.data, model, None)
-        with local_seed(0, [guide.device]):
+        with local_seed(0, [guide.device], validate=False):
             return gradient_sums(model, guide, source, self.pairs), model.num_data or source.size
 
 

@@ -16,7 +16,7 @@ __all__ = ["History"]
 
 
 class History:
-    """Records what each epoch came to.
+    """Records the figures of each epoch.
 
     Args:
         model: The model.
@@ -25,7 +25,7 @@ class History:
         validation: What to report on, or None.
 
     Attributes:
-        entries: One record an epoch, see ``FitResult.history``.
+        entries: One record per epoch, see ``FitResult.history``.
         evaluation: How well the model did on it after the last one.
     """
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import batch_size, on_device
 from pyro_bmrs.structures.pair import NoisePosterior, sum_of
 from pyro_bmrs.svi.data.source import Source
-from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["FEWEST_RATIOS", "log_prior_ratios", "log_ratios"]
 
@@ -24,7 +24,7 @@ def log_ratios(model: NoisyNetwork, guide: NoisePosterior, data: Source, draws: 
     Of shape ``(draws,)``, in float64: the network runs once per draw over all data, in eval mode. Structures that have
     been removed do not count.
     """
-    with local_seed(0, [guide.device]):
+    with local_seed(0, [guide.device], validate=False):
         thetas = guide.draw((draws,))
     total = torch.zeros(draws, dtype=torch.float64, device=guide.device)
     with evaluating(model):

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import nn
 
-__all__ = ["isolated", "local_seed"]
+__all__ = ["isolated"]
 
 _FITTING = threading.RLock()
 _modules: list[nn.Module] = []  # those that are being fitted now
@@ -49,11 +49,3 @@ def isolated(modules: Sequence[nn.Module]) -> Iterator[None]:
         finally:
             pyro.poutine.runtime._PYRO_STACK[:] = handlers
             del _modules[len(_modules) - len(modules) :]
-
-
-@contextmanager
-def local_seed(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
-    """Seed torch, and leave its random state on the CPU and on ``devices`` as it was; Pyro validates nothing inside."""
-    with torch.random.fork_rng([each for each in devices if each.type == "cuda"]), pyro.validation_enabled(False):
-        torch.manual_seed(seed)
-        yield

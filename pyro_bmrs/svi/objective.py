@@ -29,17 +29,17 @@ class NoisyObjective(nn.Module):
         self.model, self.guide, self.elbo = model, guide, elbo
         self.latents = None if guide.latents is None else guide.latents.module  # whose parameters are trained too
 
-    def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, batch_weight: float = 1.0) -> Tensor:
         r"""Return the loss of a batch, of shape ``()``.
 
         Args:
             x: Inputs, of shape ``(batch, ...)``, or a tuple or dictionary of such.
             y: Observations, of shape ``(batch, ...)``.
             kl_weight: :math:`\lambda` of this step.
-            share: Size of this batch over the mean size of those whose losses will be averaged with it.
+            batch_weight: Size of this batch over the mean size of those whose losses will be averaged with it.
         """
         kl, log_likelihood = self.elbo.terms(self.model, self.guide, x, y)
-        return (kl_weight * kl - share * log_likelihood) / (self.model.num_data or len(y))
+        return (kl_weight * kl - batch_weight * log_likelihood) / (self.model.num_data or len(y))
 
 
 class FixedNoiseObjective(nn.Module):
@@ -57,9 +57,9 @@ class FixedNoiseObjective(nn.Module):
         for i, value in enumerate(values.values()):
             self.register_buffer(f"theta{i}", value.detach().clone(), persistent=False)
 
-    def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, share: float = 1.0) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor, kl_weight: Tensor | float, batch_weight: float = 1.0) -> Tensor:
         """Return the loss of a batch, of shape ``()``; ``kl_weight`` has nothing to weigh."""
         values = {site: self.get_buffer(f"theta{i}") for i, site in enumerate(self.sites)}
         with ObservedLogProb() as observed:
             log_prob = self.model.likelihood(self.model.run(x, values)).log_prob(y).mean()
-        return -share * log_prob - observed.total / (self.model.num_data or len(y))
+        return -batch_weight * log_prob - observed.total / (self.model.num_data or len(y))

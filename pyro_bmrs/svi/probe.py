@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.equality import difference
 from pyro_bmrs.structures.inputs import Inputs, first_examples, on_device, output_tensors

@@ -1,4 +1,4 @@
-"""What problem a fit is of, in fingerprints: a checkpoint is gone on from by a fit of the same one only."""
+"""What problem a fit is of, in fingerprints: only a fit of the same problem resumes from a checkpoint."""
 
 import json
 from collections.abc import Mapping

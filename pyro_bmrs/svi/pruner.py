@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 
 from pyro_bmrs.criteria import Criterion, PruningContext
 from pyro_bmrs.criteria.base import checked_scores
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.compact import structures_of
 from pyro_bmrs.structures.inputs import Inputs, first_examples
 from pyro_bmrs.structures.shrink import shrink_known
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.svi.checkpoint import State
-from pyro_bmrs.svi.schedule import PostTraining
 
 __all__ = ["CostRemoved", "Pruner"]
 
@@ -79,8 +79,7 @@ class Pruner:
             TypeError, ValueError: If what it returns are no scores.
         """
         if self.criterion is not None:
-            devices = [self.guide.device] if self.guide.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), evaluating(self.model):
+            with local_seed(devices=[self.guide.device]), evaluating(self.model):
                 self._scores(copy.deepcopy(self.criterion))  # which may count how often it is asked
 
     def remove_supported(self) -> dict[str, int]:
@@ -120,15 +119,15 @@ class Pruner:
         order = order[candidates[order]]
 
         def removed(count: int) -> dict[str, Tensor]:
-            gone = torch.zeros_like(candidates)
-            gone[order[:count]] = True
-            return self.guide.split(gone)
+            chosen = torch.zeros_like(candidates)
+            chosen[order[:count]] = True
+            return self.guide.split(chosen)
 
         def fraction(count: int) -> float:
-            gone = removed(count)
+            first = removed(count)
             return cost_removed(
                 {
-                    site: layer.original_keep & ~layer.in_original(gone[site], False)
+                    site: layer.original_keep & ~layer.in_original(first[site], False)
                     for site, layer in self.model.noise.items()
                 }
             )
@@ -143,8 +142,12 @@ class Pruner:
                 count += 1
         return self._remove(removed(count))
 
-    def rank(self, schedule: PostTraining) -> None:
-        """Fix the order in which ``remove_to`` removes: what the criterion supports first, by score."""
+    def rank(self, stop: bool) -> None:
+        """Fix the order in which ``remove_to`` removes: what the criterion supports first, by score.
+
+        Args:
+            stop: Whether to remove no more than the criterion supports.
+        """
         if self.criterion is None:
             return
         by_site, scores = self._judge(self.criterion)
@@ -152,7 +155,7 @@ class Pruner:
         flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
         by_score = flat.argsort(descending=True)
         self._order = by_score[supported[by_score].argsort(descending=True, stable=True)]
-        self._limit = int(supported.sum()) if schedule.stop else len(flat)
+        self._limit = int(supported.sum()) if stop else len(flat)
 
     def remove_to(self, level: float) -> dict[str, int]:
         """Remove the first structures of the order, up to a fraction ``level`` of all, and return how many are new."""

@@ -2,28 +2,31 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import to_input
-from pyro_bmrs.svi.devices import keep_freed_memory, place
+from pyro_bmrs.svi.devices import place
 from pyro_bmrs.svi.elbo import MeanFieldELBO
-from pyro_bmrs.svi.faults import check_parameters, loss_error
+from pyro_bmrs.svi.nonfinite import check_parameters, loss_error
 from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
-from pyro_bmrs.svi.schedule import Rates
+from pyro_bmrs.svi.steps import Step, eager_step
+from pyro_bmrs.svi.training import Trainee
 
-__all__ = ["ReplicaTrainer", "Stack"]
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
-_CHECK_EVERY = 100  # steps between looks at the losses on a GPU, which each look stalls
+__all__ = ["Stack", "TrainedReplicas"]
 
-Losses = Callable[[Tensor, Tensor, float], Tensor]
-"""From inputs ``(K, batch, ...)``, observations ``(K, batch, ...)`` and KL weight to losses ``(K,)``."""
+Losses = Callable[[Tensor, Tensor, float, float], Tensor]
+"""From inputs and observations ``(K, batch, ...)``, KL weight and batch weight, which is 1, to losses ``(K,)``."""
 
 
 class Stack:
@@ -72,19 +75,19 @@ class Stack:
             setattr(module.get_submodule(owner), buffer, value)
 
 
-class ReplicaTrainer:
-    """Optimiser, schedule, data orders and step count of K fits, each as ``Trainer`` would run it alone.
+class TrainedReplicas(Trainee):
+    """K models alike, trained by one step at a time.
 
     Adam works element by element, so one on the stacked parameters is K of them.
 
     Args:
-        models: The models, on one device.
+        fabric: Where it runs, of one process.
+        models: The models, on the device.
         guides: Their guides.
         seeds: Of the order of each one's data.
         elbo: The objective of the epochs with noise.
         data: Inputs and observations.
         batch_size: At most this many examples per step and replica.
-        rates: Learning rates and KL weight over the epochs.
 
     Raises:
         ValueError: If the replicas are not alike.
@@ -92,98 +95,78 @@ class ReplicaTrainer:
 
     def __init__(
         self,
+        fabric: "Fabric",
         models: Sequence[NoisyNetwork],
         guides: Sequence[FlatGuide],
         seeds: Sequence[int],
         elbo: MeanFieldELBO,
         data: tuple[Tensor, Tensor],
         batch_size: int,
-        rates: Rates,
     ) -> None:
-        self.models, self.guides, self.seeds, self.rates = models, guides, seeds, rates
-        self.device = guides[0].device
+        self.fabric, self.models, self.guides, self.seeds = fabric, models, guides, seeds
+        self.device = fabric.device
         self.orders = [Generator().manual_seed(seed) for seed in seeds]
         self.data = (place(data[0], self.device), place(data[1], self.device))
         self.batch_size = batch_size
         self.steps_per_epoch = math.ceil(len(data[0]) / batch_size)
-        self.step = 0
+        self.kl_weight = models[0].kl_weight
         objectives = [NoisyObjective(model, guide, elbo) for model, guide in zip(models, guides, strict=True)]
         self.stack = Stack(objectives)
         self._template = copy.deepcopy(objectives[0])
         with evaluating(self._template), torch.no_grad():  # noise layers keep what they find, which vmap would spoil
             ones = {site: torch.ones(size, device=self.device) for site, size in models[0].sizes.items()}
             self._template.model.run(self._inputs(torch.arange(1)), ones)
-        self._fine_tuned: tuple[FixedNoiseObjective, dict[str, Tensor]] | None = None
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         weights: list[Tensor] = []
         posterior: list[Tensor] = []
         for name, parameter in self.stack.parameters.items():
             (posterior if name.startswith("guide.") else weights).append(parameter)
-        groups = [{"params": weights, "lr": rates.lr}, {"params": posterior, "lr": rates.posterior_lr}]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        keep_freed_memory(self.device)
+        return weights, posterior
 
-    def noisy_epoch(self) -> list[float]:
-        """Run one epoch of SVI and return each replica's mean loss, in nats per example."""
-        return self._epoch(_together(self._template, self.stack, {}))
-
-    def fine_tune_epoch(self) -> list[float]:
-        """Run one epoch of the weights alone and return each replica's mean negative log likelihood."""
-        if self._fine_tuned is None:
-            means = [guide.mean() for guide in self.guides]
-            apart = [FixedNoiseObjective(model, mean) for model, mean in zip(self.models, means, strict=True)]
-            objective = FixedNoiseObjective(self._template.model, means[0])
-            thetas = {name: torch.stack([each.get_buffer(name) for each in apart]) for name in objective._buffers}
-            self._fine_tuned = objective, thetas
-        objective, thetas = self._fine_tuned
-        return self._epoch(_together(objective, self.stack, thetas))
-
-    def _epoch(self, losses_of: Losses) -> list[float]:
-        self._template.model.train()
-        unseen: list[Tensor] = []
-        total = torch.zeros(len(self.seeds), dtype=torch.float64, device=self.device)
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         orders = torch.stack([torch.randperm(len(self.data[0]), generator=order) for order in self.orders])
-        for batches in orders.to(self.data[0].device).tensor_split(self.steps_per_epoch, dim=1):
-            rates = self.rates.learning_rates(self.step / self.steps_per_epoch)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            self.optimizer.zero_grad()
-            losses = losses_of(
-                self._inputs(batches),
-                self._fetch(self.data[1], batches),
-                self.models[0].kl_weight * self.rates.kl_share(self.step, self.steps_per_epoch),
-            )
-            unseen.append(losses.detach())
-            self.step += 1
-            due = len(unseen) == _CHECK_EVERY or self.step % self.steps_per_epoch == 0
-            if due or self.device.type == "cpu":  # before any parameter is changed by it, if that costs nothing
-                total += self._finite_sum(torch.stack(unseen).double())
-                unseen = []
-            losses.sum().backward()
-            self.optimizer.step()
-            for guide in self.guides:
-                guide.project_()
+        for rows in orders.to(self.data[0].device).tensor_split(self.steps_per_epoch, dim=1):
+            yield self._inputs(rows), self._fetch(self.data[1], rows), 1.0
+
+    def noisy_step(self, optimizer: torch.optim.Optimizer) -> Step:
+        def losses_of(*batch: Any) -> Tensor:  # of this epoch's masks
+            return self._noisy(*batch)
+
+        return eager_step(losses_of, optimizer)
+
+    def fine_tune_step(self, optimizer: torch.optim.Optimizer) -> Step:
+        means = [guide.mean() for guide in self.guides]
+        apart = [FixedNoiseObjective(model, mean) for model, mean in zip(self.models, means, strict=True)]
+        objective = FixedNoiseObjective(self._template.model, means[0])
+        thetas = {name: torch.stack([each.get_buffer(name) for each in apart]) for name in objective._buffers}
+        return eager_step(_together(objective, self.stack, thetas), optimizer)
+
+    def prepare(self) -> None:
+        self._template.model.train()
+        self._noisy = _together(self._template, self.stack, {})  # anew, since masks may have changed
+
+    def after_step(self) -> None:
+        for guide in self.guides:
+            guide.project_()
+
+    def check_parameters(self, step: int) -> None:
         for seed, model, guide in zip(self.seeds, self.models, self.guides, strict=True):
             try:
-                check_parameters(model, guide, self.step - 1)
+                check_parameters(model, guide, step)
             except FloatingPointError as error:
                 raise _of_seed(seed, error) from None
-        return (total / self.steps_per_epoch).tolist()
+
+    def nonfinite_loss(self, losses: Tensor, step: int) -> FloatingPointError:
+        i = int((~torch.isfinite(losses)).nonzero()[0])
+        x = self._inputs(torch.arange(self.batch_size))
+        return _of_seed(self.seeds[i], loss_error(self.models[i], self.guides[i], x, step, float(losses[i])))
 
     def _fetch(self, tensor: Tensor, index: Tensor) -> Tensor:
         return tensor[index.to(tensor.device)].to(self.device, non_blocking=True)
 
     def _inputs(self, index: Tensor) -> Tensor:
         return to_input(self._fetch(self.data[0], index), self.models[0].net)
-
-    def _finite_sum(self, losses: Tensor) -> Tensor:
-        """Return the sum of the last losses, of shape ``(steps, K)``, over the steps."""
-        finite = torch.isfinite(losses)
-        if not bool(finite.all()):
-            row, i = (int(index) for index in (~finite).nonzero()[0])
-            x = self._inputs(torch.arange(self.batch_size))
-            step, loss = self.step - len(losses) + row, float(losses[row, i])
-            raise _of_seed(self.seeds[i], loss_error(self.models[i], self.guides[i], x, step, loss))
-        return losses.sum(0)
 
 
 def _together(objective: nn.Module, stack: Stack, own: Mapping[str, Tensor]) -> Losses:
@@ -203,7 +186,7 @@ def _together(objective: nn.Module, stack: Stack, own: Mapping[str, Tensor]) -> 
         return functional_call(objective, used, (x, y, kl_weight), tie_weights=False)  # every name is there
 
     mapped = vmap(one, in_dims=(0, 0, 0, None), randomness="different")
-    return lambda x, y, kl_weight: mapped(used, x, y, kl_weight)
+    return lambda x, y, kl_weight, batch_weight: mapped(used, x, y, kl_weight)
 
 
 def _named_tensors(module: nn.Module, all_names: bool = False) -> list[tuple[str, Tensor]]:

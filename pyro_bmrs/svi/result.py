@@ -30,7 +30,7 @@ class FitResult:
             example ``recall_validation``, the accuracy on each class (None where it has no examples); for numbers
             ``rmse_validation``.
         seconds: Wall time of the whole fit, all sessions of a resumed one together.
-        diagnostics: How the posterior stood in the end: which structures have not moved, which had not come to rest,
+        diagnostics: How the posterior stood in the end: which structures have not moved, which had not converged,
             and how much of each is still the prior. ``print`` gives three lines.
     """
 

@@ -25,7 +25,7 @@ class RunFolder:
     Args:
         path: The folder; made, with its parents, when the fit begins.
         fabric: The processes.
-        resume: Whether a checkpoint that is there may be gone on from.
+        resume: Whether a checkpoint that is there may be resumed from.
 
     Attributes:
         checkpoint: File of the checkpoint.

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import Tensor
 
 from pyro_bmrs.structures.cost import count_flops, count_parameters
 from pyro_bmrs.svi.pruner import Pruner
-from pyro_bmrs.svi.schedule import ToSize
 
 __all__ = ["FIRST_MULTIPLIER", "Steering"]
 
@@ -32,25 +32,26 @@ class Steering:
 
     Args:
         pruner: Asks the criterion and removes.
-        target: The size to reach.
+        remove: Fraction of the cost to remove.
+        cost: What is counted.
         steps: Number of steps with noise.
 
     Raises:
         ValueError: If there is no criterion, or the size is out of reach even with one structure per site.
     """
 
-    def __init__(self, pruner: Pruner, target: ToSize, steps: int) -> None:
-        self.pruner, self.target, self.steps = pruner, target, steps
+    def __init__(self, pruner: Pruner, remove: float, cost: Literal["parameters", "flops"], steps: int) -> None:
+        self.pruner, self.remove, self.cost, self.steps = pruner, remove, cost, steps
         if pruner.criterion is None:
             raise ValueError("a size needs a criterion that says what to remove first, but criterion is None")
         self._dense = self._cost(None)
         if not self._dense:
-            raise ValueError(f"the network has no {target.cost} to remove")
+            raise ValueError(f"the network has no {cost} to remove")
         smallest = {site: mask & (mask.cumsum(0) == 1) for site, mask in pruner.masks.items()}
-        if (most := self.cost_removed(smallest)) < target.remove:
+        if (most := self.cost_removed(smallest)) < remove:
             raise ValueError(
-                f"remove={target.remove:g} is out of reach: with one structure left of each site, {most:.3f} of the "
-                f"{target.cost} are removed; put noise on more structures"
+                f"remove={remove:g} is out of reach: with one structure left of each site, {most:.3f} of the "
+                f"{cost} are removed; put noise on more structures"
             )
 
     def is_due(self, step: int) -> bool:
@@ -62,7 +63,7 @@ class Steering:
         off = self._off(self.pruner.supported_masks())
         removed: dict[str, int] = {}
         if step >= _FIRST_REMOVAL * self.steps and (off > -_CLOSE or step > _REMOVAL_AT_ALL_COSTS * self.steps):
-            removed = self.pruner.remove_within(self.cost_removed, self.target.remove, supported_only=True)
+            removed = self.pruner.remove_within(self.cost_removed, self.remove, supported_only=True)
         if off > 0 and self._off(self.pruner.masks) < _NEARLY_THERE:
             return removed, multiplier
         bound, step_size = math.log(_LARGEST), min(_GAIN * off, _LARGEST_STEP)
@@ -70,7 +71,7 @@ class Steering:
 
     def complete(self) -> dict[str, int]:
         """Remove what the size still lacks, by score, and return how many structures those were."""
-        return self.pruner.remove_within(self.cost_removed, self.target.remove, supported_only=False)
+        return self.pruner.remove_within(self.cost_removed, self.remove, supported_only=False)
 
     def cost_removed(self, masks: Mapping[str, Tensor]) -> float:
         """Return the fraction of the cost that masks remove."""
@@ -78,10 +79,10 @@ class Steering:
 
     def _off(self, masks: Mapping[str, Tensor]) -> float:
         """Return how much larger than the goal the network is that masks leave, as the logarithm of the ratio."""
-        return math.log(max(1 - self.cost_removed(masks), _SMALLEST_SIZE) / (1 - self.target.remove))
+        return math.log(max(1 - self.cost_removed(masks), _SMALLEST_SIZE) / (1 - self.remove))
 
     def _cost(self, masks: Mapping[str, Tensor] | None) -> int:
         net, structures = self.pruner.model.net, self.pruner.structures
-        if self.target.cost == "parameters":
+        if self.cost == "parameters":
             return count_parameters(net, structures, masks)
         return count_flops(net, self.pruner.example, structures, masks)

@@ -13,18 +13,18 @@ from pyro_bmrs.svi.captured import CapturedStep
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["NonFiniteLossError", "Step", "make_step"]
+__all__ = ["NonFiniteLossError", "Step", "eager_step", "make_step"]
 
 Step = Callable[[Any, Tensor, float, float], Tensor]
-"""From inputs, observations, KL weight and share of the batch (see ``NoisyObjective``) to the loss, detached."""
+"""From inputs, observations, KL weight and batch weight (see ``NoisyObjective``) to the loss (or one per model)."""
 
 
 class NonFiniteLossError(FloatingPointError):
-    """Says that the loss is not finite, before any parameter has been changed by it."""
+    """Says that a loss is not finite, before any parameter has been changed by it."""
 
-    def __init__(self, loss: float) -> None:
-        super().__init__(f"the loss became {loss}")
-        self.loss = loss
+    def __init__(self, losses: Tensor) -> None:
+        super().__init__(f"the loss became {losses.tolist()}")
+        self.losses = losses
 
 
 def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: "Fabric", compiled: bool) -> Step:
@@ -39,9 +39,9 @@ def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: "F
     elif compiled:
         return _compiled(objective, optimizer, fabric.device)
     if not needs_fabric:  # its wrappers would do nothing, and take their time
-        return _eager(objective, optimizer, Tensor.backward)
+        return eager_step(objective, optimizer)
     wrapped: Any = fabric.setup_optimizers(optimizer)
-    return _eager(fabric.setup_module(objective), wrapped, fabric.backward)
+    return eager_step(fabric.setup_module(objective), wrapped, fabric.backward)
 
 
 def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
@@ -51,9 +51,9 @@ def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: to
 
     compiled = CompiledStep(objective)
 
-    def step(x: Any, y: Tensor, kl_weight: float, share: float) -> Tensor:
+    def step(x: Any, y: Tensor, kl_weight: float, batch_weight: float) -> Tensor:
         optimizer.zero_grad()
-        loss = compiled(x, y, kl_weight, share)
+        loss = compiled(x, y, kl_weight, batch_weight)
         _check(loss)
         optimizer.step()
         return loss
@@ -61,19 +61,31 @@ def _compiled(objective: nn.Module, optimizer: torch.optim.Optimizer, device: to
     return step
 
 
-def _eager(forward: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> Step:
-    def step(x: Any, y: Tensor, kl_weight: float, share: float) -> Tensor:
+def eager_step(
+    losses_of: Callable[..., Tensor], optimizer: Any, backward: Callable[[Tensor], None] = Tensor.backward
+) -> Step:
+    """Return a step as torch runs it.
+
+    Args:
+        losses_of: From inputs, observations, KL weight and batch weight to a loss of shape ``()``, or one per model.
+        optimizer: Of what the losses depend on.
+        backward: Computes the gradients of a loss of shape ``()``.
+    """
+
+    def step(x: Any, y: Tensor, kl_weight: float, batch_weight: float) -> Tensor:
         optimizer.zero_grad()
-        loss = forward(x, y, kl_weight, share)
-        _check(loss)
-        backward(loss)
+        losses = losses_of(x, y, kl_weight, batch_weight)
+        _check(losses)
+        backward(losses if losses.dim() == 0 else losses.sum())
         optimizer.step()
-        return loss.detach()
+        return losses.detach()
 
     return step
 
 
-def _check(loss: Tensor) -> None:
-    """Raise if the loss is not finite; a GPU is not asked, since that would stall it (``Trainer`` does so later)."""
-    if not loss.is_cuda and not math.isfinite(loss.item()):
-        raise NonFiniteLossError(loss.item())
+def _check(losses: Tensor) -> None:
+    """Raise if a loss is not finite; a GPU is not asked, since that would stall it (``Trainer`` does so later)."""
+    if losses.is_cuda or math.isfinite(losses.sum().item()):
+        return
+    if not bool(torch.isfinite(losses).all()):
+        raise NonFiniteLossError(losses.detach())

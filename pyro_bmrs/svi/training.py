@@ -1,121 +1,143 @@
-"""Epochs: of SVI with noise, and of the weights alone with every noise at its posterior mean."""
+"""The one training loop: epochs of steps with noise, and of the weights alone with noise at its posterior mean."""
 
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
 from pyro_bmrs.checks import check_number
-from pyro_bmrs.model.guides.flat import FlatGuide
-from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.structures.inputs import Inputs, on_device
+from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.svi.checkpoint import State, optimizer_tensors, restore_optimizer
-from pyro_bmrs.svi.data.source import Source
-from pyro_bmrs.svi.devices import keep_freed_memory
-from pyro_bmrs.svi.elbo import MeanFieldELBO
-from pyro_bmrs.svi.faults import check_parameters, loss_error
-from pyro_bmrs.svi.objective import FixedNoiseObjective, NoisyObjective
 from pyro_bmrs.svi.schedule import Rates
-from pyro_bmrs.svi.steps import NonFiniteLossError, Step, make_step
+from pyro_bmrs.svi.steps import NonFiniteLossError, Step
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Trainer"]
+__all__ = ["Trainee", "Trainer"]
 
-_CHECK_EVERY = 100  # steps between looks at the losses
+_CHECK_EVERY = 100  # steps between looks at the losses, each of which stalls a GPU
+
+
+class Trainee:
+    """What a ``Trainer`` trains: one model, several at once, or a network without noise.
+
+    Attributes:
+        fabric: Where it runs.
+        steps_per_epoch: Number of its batches in an epoch.
+        kl_weight: Weight of the KL once warmed up.
+    """
+
+    fabric: "Fabric"
+    steps_per_epoch: int
+    kl_weight: float = 1.0
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what is trained: at the learning rate of the weights, and at that of the posterior."""
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[tuple[Inputs, Tensor, float]]:
+        """Iterate over an epoch: inputs and observations on the device, and the weight of each batch's likelihood."""
+        raise NotImplementedError
+
+    def noisy_step(self, optimizer: torch.optim.Optimizer) -> Step:
+        """Return a step of SVI."""
+        raise NotImplementedError
+
+    def fine_tune_step(self, optimizer: torch.optim.Optimizer) -> Step:
+        """Return a step of the weights alone."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Put the network in train mode, before an epoch and after each pruning."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Do what is due after each step."""
+
+    def check_parameters(self, step: int) -> None:
+        """Raise ``FloatingPointError`` if a parameter is not finite after ``step``."""
+
+    def nonfinite_loss(self, losses: Tensor, step: int) -> FloatingPointError:
+        """Return the error to raise for the losses of ``step``, one of which is not finite."""
+        return FloatingPointError(f"the loss became {losses.tolist()} at step {step}")
+
+    def state(self) -> State:
+        """Return what a resumed fit needs to know of the data and of random numbers."""
+        return State()
+
+    def restore(self, state: State) -> None:
+        """Take up what ``state`` returned."""
 
 
 class Trainer:
-    """Optimiser, schedule, data order and step count of one fit.
+    """Optimiser, schedule and step count of one fit.
 
     Args:
-        fabric: Where it runs.
-        model: The model, on the device.
-        guide: Its guide, likewise.
-        elbo: The objective of the epochs with noise.
-        data: What to train on.
+        trainee: What is trained.
         rates: Learning rates and KL weight over the epochs.
-        order: Generator of the order of the data, in the same state in all processes.
-        compile: Whether to compile steps, or on CUDA to capture them.
+        capturable: Whether the optimiser is to be captured in a CUDA graph.
+
+    Attributes:
+        multiplier: Of the weight of the KL.
+        step: Number of steps so far.
     """
 
-    def __init__(
-        self,
-        fabric: "Fabric",
-        model: NoisyNetwork,
-        guide: FlatGuide,
-        elbo: MeanFieldELBO,
-        data: Source,
-        rates: Rates,
-        order: Generator,
-        compile: bool = False,  # noqa: A002  (torch's name for it)
-    ) -> None:
-        self.fabric, self.model, self.guide, self.elbo = fabric, model, guide, elbo
-        self.rates, self.order, self.compile = rates, order, compile
-        self.data, self.steps_per_epoch = data, data.steps
-        self.multiplier = 1.0  # of the KL's weight
+    def __init__(self, trainee: Trainee, rates: Rates, capturable: bool = False) -> None:
+        self.trainee, self.rates = trainee, rates
+        self.multiplier = 1.0
         self.step = 0
-        self.optimizer = self._make_optimizer()
-        keep_freed_memory(fabric.device)
-        self._noisy_step: Step | None = None
-        self._fixed_noise_step: Step | None = None
+        self._capturable = capturable
+        self.start_optimizer()
 
-    def noisy_epoch(self, between: Callable[[], None] | None = None) -> float:
-        """Run one epoch of SVI and return its mean loss, in nats per example; call ``between`` after each step."""
-        if self._noisy_step is None:
-            self._noisy_step = self._prepare(NoisyObjective(self.model, self.guide, self.elbo))
-        return self._epoch(self._noisy_step, between)
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps of an epoch."""
+        return self.trainee.steps_per_epoch
 
-    def fine_tune_epoch(self) -> float:
-        """Run one epoch of the weights alone and return the mean negative log likelihood, in nats per example."""
-        if self._fixed_noise_step is None:
-            self._fixed_noise_step = self._prepare(FixedNoiseObjective(self.model, self.guide.points()))
-        return self._epoch(self._fixed_noise_step)
+    def start_optimizer(self) -> None:
+        """Start Adam anew, on the parameters that there are now."""
+        rates: list[Any] = list(self._rates())
+        if self._capturable:
+            rates = [torch.tensor(rate, device=self.trainee.fabric.device) for rate in rates]
+        groups = [{"params": each, "lr": rate} for each, rate in zip(self.trainee.parameters(), rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self._capturable)
+        self.network_changed()
 
     def network_changed(self) -> None:
-        """Hear that parameters have been replaced by smaller ones."""
-        self._noisy_step = self._fixed_noise_step = None
+        """Prepare steps anew, since parameters have been replaced by smaller ones."""
+        self._noisy_step: Step | None = None
+        self._fine_tune_step: Step | None = None
+
+    def noisy_epoch(self, after_step: Callable[[], None] | None = None) -> list[float]:
+        """Run one epoch of SVI and return the mean loss of each model, in nats per example.
+
+        Args:
+            after_step: What to call after each step.
+        """
+        if self._noisy_step is None:
+            self._noisy_step = self.trainee.noisy_step(self.optimizer)
+        return self._epoch(self._noisy_step, after_step)
+
+    def fine_tune_epoch(self) -> list[float]:
+        """Run one epoch of the weights alone and return each model's mean negative log likelihood per example."""
+        if self._fine_tune_step is None:
+            self._fine_tune_step = self.trainee.fine_tune_step(self.optimizer)
+        return self._epoch(self._fine_tune_step)
 
     def state(self) -> State:
         """Return all that a resumed fit needs to know: optimiser, step, data order and random state."""
-        data = self.data.state()
-        info = {"step": self.step, "multiplier": self.multiplier, "data": data.info}
-        tensors = optimizer_tensors(self.optimizer)
-        tensors |= {f"data.{name}": tensor for name, tensor in data.tensors.items()}
-        tensors["order"] = self.order.get_state()
-        tensors["random"] = self._of_all_processes(torch.get_rng_state())
-        if self.fabric.device.type == "cuda":
-            tensors["random_cuda"] = self._of_all_processes(torch.cuda.get_rng_state(self.fabric.device))
-        return State(tensors, info)
+        own = self.trainee.state()
+        info = {"step": self.step, "multiplier": self.multiplier, **own.info}
+        return State({**optimizer_tensors(self.optimizer), **own.tensors}, info)
 
     def restore(self, state: State) -> None:
         """Take up what ``state`` returned; parameters must have their shapes already."""
         self.step = state.info["step"]
         self.multiplier = check_number("its multiplier", state.info["multiplier"])
         restore_optimizer(self.optimizer, state.tensors)
-        self.order.set_state(state.tensors["order"].cpu())
-        of_data = {name[5:]: tensor for name, tensor in state.tensors.items() if name.startswith("data.")}
-        self.data.restore(State(of_data, state.info["data"]))
-        rank = self.fabric.global_rank
-        torch.set_rng_state(state.tensors["random"][rank].cpu().clone())
-        if "random_cuda" in state.tensors:
-            torch.cuda.set_rng_state(state.tensors["random_cuda"][rank].cpu().clone(), self.fabric.device)
-
-    def _of_all_processes(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all processes, stacked."""
-        gathered: Any = self.fabric.all_gather(tensor)
-        return gathered.reshape(self.fabric.world_size, *tensor.shape)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        others = [] if self.guide.latents is None else self.guide.latents.module.parameters()
-        weights = [parameter for parameter in chain(self.model.parameters(), others) if parameter.requires_grad]
-        captured = self.compile and self.fabric.device.type == "cuda"
-        rates = [torch.tensor(rate, device=self.fabric.device) if captured else rate for rate in self._rates()]
-        groups = [{"params": weights, "lr": rates[0]}, {"params": list(self.guide.parameters()), "lr": rates[1]}]
-        return torch.optim.Adam(groups, fused=True, capturable=captured)
+        self.trainee.restore(state)
 
     def _rates(self) -> tuple[float, float]:
         return self.rates.learning_rates(self.step / self.steps_per_epoch)
@@ -127,44 +149,45 @@ class Trainer:
             else:
                 group["lr"] = rate
 
-    def _prepare(self, objective: nn.Module) -> Step:
-        return make_step(objective, self.optimizer, self.fabric, self.compile)
-
-    def _epoch(self, step: Step, between: Callable[[], None] | None = None) -> float:
-        self.model.train()
+    def _epoch(self, step: Step, after_step: Callable[[], None] | None = None) -> list[float]:
+        trainee = self.trainee
+        trainee.prepare()
         losses: list[Tensor] = []
-        total = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        for (x, y), share in self.data.shuffled(self.order, self.fabric):
+        total = torch.zeros((), dtype=torch.float64, device=trainee.fabric.device)
+        for x, y, batch_weight in trainee.batches():
             self._set_rates()
-            kl_share = self.rates.kl_share(self.step, self.steps_per_epoch)
+            factor = self.multiplier * self.rates.kl_warmup_factor(self.step, self.steps_per_epoch)
             try:
-                losses.append(step(*self._placed(x, y), self.multiplier * self.model.kl_weight * kl_share, share))
+                losses.append(step(x, y, trainee.kl_weight * factor, batch_weight))
             except NonFiniteLossError as error:
-                raise self._not_finite(self.step, error.loss) from None
-            self.guide.project_()
+                raise trainee.nonfinite_loss(error.losses, self.step) from None
+            trainee.after_step()
             self.step += 1
-            if between is not None:
-                between()
-                self.model.train()
+            if after_step is not None:
+                after_step()
+                trainee.prepare()
             if len(losses) == _CHECK_EVERY or self.step % self.steps_per_epoch == 0:
-                total += self._finite_sum(losses)
+                total = total + self._finite_sum(losses)
                 losses = []
-        check_parameters(self.model, self.guide, self.step - 1)
-        return float(self._of_all_processes(total / self.steps_per_epoch).mean())
-
-    def _placed(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
-        """Return a batch on this process's device, as the network takes it."""
-        device = self.fabric.device
-        return on_device(x, device, self.model.net), y.to(device, non_blocking=True)
+        trainee.check_parameters(self.step - 1)
+        return mean_of_processes(trainee.fabric, total / self.steps_per_epoch).reshape(-1).tolist()
 
     def _finite_sum(self, losses: list[Tensor]) -> Tensor:
         """Return the sum of the last losses; on a GPU this is where they are first looked at, which stalls it."""
         values = torch.stack(losses).double()
-        finite = torch.isfinite(values)
+        finite = torch.isfinite(values).reshape(len(values), -1).all(1)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0])
-            raise self._not_finite(self.step - len(losses) + first, float(values[first]))
-        return values.sum()
+            raise self.trainee.nonfinite_loss(values[first], self.step - len(losses) + first)
+        return values.sum(0)
 
-    def _not_finite(self, step: int, loss: float) -> FloatingPointError:
-        return loss_error(self.model, self.guide, self._placed(*self.data.first)[0], step, loss)
+
+def mean_of_processes(fabric: "Fabric", tensor: Tensor) -> Tensor:
+    """Return the mean of the tensors of all processes."""
+    return of_all_processes(fabric, tensor).mean(0)
+
+
+def of_all_processes(fabric: "Fabric", tensor: Tensor) -> Tensor:
+    """Return the tensors of all processes, stacked."""
+    gathered: Tensor = fabric.all_gather(tensor)  # type: ignore[assignment]
+    return gathered.reshape(fabric.world_size, *tensor.shape)

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyro_bmrs.bmr.free_form import GradientSums
 from pyro_bmrs.checks import check_integer
 from pyro_bmrs.model.guides.flat import FlatGuide, check_guide
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.svi.free_form import FreeFormEvidence, curvature, evidence_of
-from pyro_bmrs.svi.isolation import local_seed
 
 __all__ = ["TrainingGradients"]
 
@@ -71,7 +71,7 @@ class TrainingGradients:
         sums = self.sums
         if sums is None:
             raise ValueError("no gradients have been taken yet: train with noise first, not compiled")
-        with local_seed(0, [self.guide.device]):
+        with local_seed(0, [self.guide.device], validate=False):
             sums = sums + curvature(self.guide.model, self.guide, x)
         return evidence_of(self.guide, sums, self.examples)
 

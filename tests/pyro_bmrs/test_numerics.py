@@ -78,7 +78,7 @@ def test_excess_is_the_drop_of_the_log_density(loc, scale, x):
     m, s, t = mpmath.mpf(loc), mpmath.mpf(scale), mpmath.mpf(x)
     mode = min(max(m, -20), 0)
     expected = ((t - m) ** 2 - (mode - m) ** 2) / (2 * s**2)
-    actual = numerics.excess(*map(double, (x, loc, scale, -20.0, 0.0)))
+    actual = numerics.relative_energy(*map(double, (x, loc, scale, -20.0, 0.0)))
     assert_close(actual, double(float(expected)), 1e-12, floor=0)
 
 
@@ -158,7 +158,7 @@ def test_draws_are_quantiles(loc, scale):
     uniform, weights = torch.rand(2000), torch.rand(2000)
     single = [torch.tensor(float(value), requires_grad=True) for value in (loc, scale, -20.0, 0.0)]
     exact = [value.detach().double().requires_grad_() for value in single]
-    theta = numerics.draw(uniform, *single)
+    theta = numerics.sample(uniform, *single)
     from_high = loc > -10
     probability = 1 - uniform.double() if from_high else uniform.double()
     expected = numerics.quantile(probability, *exact).exp()
@@ -179,7 +179,7 @@ def test_one_draw_of_each_has_the_gradients_of_a_batch_of_one():
     gradients = []
     for shape in ((50,), (1, 50)):
         parameters = [value.clone().requires_grad_() for value in values]
-        theta = numerics.draw(uniform.view(shape), *parameters)
+        theta = numerics.sample(uniform.view(shape), *parameters)
         gradients.append(torch.autograd.grad((weights * theta).sum(), parameters))
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
 
@@ -189,7 +189,7 @@ def test_one_draw_of_each_has_the_gradients_of_a_batch_of_one():
 @pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24])
 def test_draws_are_finite_within_bounds_with_finite_gradients(loc, scale, uniform):
     parameters = [torch.tensor(value, requires_grad=True) for value in (loc, scale, -20.0, 0.0)]
-    theta = numerics.draw(torch.tensor(uniform), *parameters)
+    theta = numerics.sample(torch.tensor(uniform), *parameters)
     assert torch.tensor(-20.0).exp() <= theta <= 1
     for gradient in torch.autograd.grad(theta, parameters):
         assert torch.isfinite(gradient)

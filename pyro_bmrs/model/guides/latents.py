@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_bmrs.checks import described
-from pyro_bmrs.randomness import forked_random
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.copying import undisturbed
 from pyro_bmrs.structures.inputs import first_examples
 
@@ -104,7 +104,7 @@ class LatentGuide:
                     return {name: each.detach() for name, each in self.module.median(*arguments).items()}
             except NotImplementedError:
                 pass  # as flows
-        with forked_random(0):
+        with local_seed(0):
             return {name: each.mean(0) for name, each in self.draws(_DRAWS)[0].items()}
 
     def _known_arguments(self) -> tuple[Any, ...]:

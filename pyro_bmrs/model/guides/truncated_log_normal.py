@@ -80,7 +80,7 @@ class TruncatedLogNormalGuide(FlatGuide):
         if own or not uniform_priors or self.loc.dtype != torch.float32:
             return super().draw_and_kl(examples)
         bounds = self.log_low, self.log_high
-        theta, kl = numerics.draw_and_kl(self._strata(examples), self.loc, self._scale(), *bounds)
+        theta, kl = numerics.sample_and_kl(self._strata(examples), self.loc, self._scale(), *bounds)
         return self._in_turn(theta, examples), (kl * (self.keep * self._site_weights())).sum()
 
     def select(self, kept: Tensor) -> None:

@@ -58,9 +58,9 @@ def _product(
         tracer.written.extend(each for each in results if n in support(each) or left.parameter)
     else:
         tracer.heads.extend((each, tracer.here) for each in results if support(each) & set(range(batch)))
-    gone = {k, *({m} if a.dim() == 1 else ()), *({n} if b.dim() == 1 else ())}
-    shape = [d for d in range(batch + 3) if d not in gone]
-    found = [each.permute([*shape, *gone]).reshape([each.shape[d] for d in shape]) for each in results]
+    summed = {k, *({m} if a.dim() == 1 else ()), *({n} if b.dim() == 1 else ())}
+    shape = [d for d in range(batch + 3) if d not in summed]
+    found = [each.permute([*shape, *summed]).reshape([each.shape[d] for d in shape]) for each in results]
     if bias is not None:
         aligned = Operand(found, list(y.shape))
         found = tracer.combine([aligned, tracer.operand(bias, y.dim())], f"{tracer.place()} adds to it what is fixed")

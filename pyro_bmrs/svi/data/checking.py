@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bmrs.checks import described
+from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.modes import evaluating
 from pyro_bmrs.structures.inputs import Inputs, batches, refusing, to_input
 
 __all__ = ["as_tensors", "check_observations", "holds_arrays"]
@@ -33,7 +33,7 @@ def as_tensors(inputs: Any, observations: Any, name: str, dtype: torch.dtype) ->
         inputs: A tensor or array of shape ``(n, ...)``, or a tuple or mapping of such.
         observations: A tensor or array of shape ``(n, ...)``.
         name: What to call them.
-        dtype: The network's. Arrays of float64, which NumPy makes unless told otherwise, become this.
+        dtype: The network's. Arrays of float64, NumPy's default, become this.
 
     Raises:
         TypeError: If they are something else.

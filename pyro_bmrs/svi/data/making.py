@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_bmrs.checks import check_function, check_integer, described
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.svi.data.checking import as_tensors
 from pyro_bmrs.svi.data.in_memory import InMemory
 from pyro_bmrs.svi.data.source import Source
@@ -21,7 +22,7 @@ Data = Any
 """A pair of tensors or arrays, or a mapping of them; a ``Dataset``; a ``DataLoader``; a sized iterable of batches."""
 
 
-@torch.random.fork_rng(devices=[])  # the caller's code may draw while it is tried
+@local_seed(devices=[])  # the caller's code may draw while it is tried
 def make_source(
     data: Any, name: str, dtype: torch.dtype, unpack: Unpack | None = None, batch_size: int | None = None
 ) -> Source:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, SequentialSampler, SubsetRandomSampler
 
 from pyro_bmrs.checks import described
 from pyro_bmrs.model.network import NoisyNetwork
+from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import Inputs
 from pyro_bmrs.svi.checkpoint import State
 from pyro_bmrs.svi.data.checking import as_tensors, check_observations
@@ -175,7 +176,7 @@ class LoaderStream(_Stream):
         self._epochs = state.info["epochs"]
         if hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(_read(state.info["loader"], state.tensors))
-            with torch.random.fork_rng([]):
+            with local_seed(devices=[]):
                 iter(self.loader)  # torchdata's takes its state up here, and draws from its generator as it does so
         for i, each in enumerate(_generators(self.loader)):
             each.set_state(state.tensors[f"generator.{i}"].cpu())

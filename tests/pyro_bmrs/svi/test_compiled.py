@@ -17,8 +17,8 @@ def objective_of(name, dtype=torch.float64, batch=6, **elbo):
     return NoisyObjective(model, guide, bmrs.MeanFieldELBO(**elbo)), x, y
 
 
-def eager(objective, x, y, kl_weight, share=1.0):
-    loss = objective(x, y, kl_weight, share)
+def eager(objective, x, y, kl_weight, batch_weight=1.0):
+    loss = objective(x, y, kl_weight, batch_weight)
     loss.backward()
     return loss.detach()
 
@@ -126,7 +126,7 @@ def test_gradients_accumulate_and_own_their_memory():
             super().__init__()
             self.a, self.b, self.unused = (nn.Parameter(torch.ones(3)) for _ in range(3))
 
-        def forward(self, x, y, kl_weight, share):
+        def forward(self, x, y, kl_weight, batch_weight):
             return kl_weight * (self.a + self.b).sum()
 
     objective = Sum()
@@ -153,7 +153,7 @@ def test_what_depends_on_data_falls_back_with_one_warning_that_says_why():
             super().__init__()
             self.weight = nn.Parameter(torch.ones(()))
 
-        def forward(self, x, y, kl_weight, share):
+        def forward(self, x, y, kl_weight, batch_weight):
             return self.weight * (2 if bool(x.sum() > 0) else 3)
 
     objective = Branching()

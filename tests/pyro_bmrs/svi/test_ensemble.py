@@ -54,7 +54,7 @@ def apart(made, seeds, *data, **settings):
     for seed in seeds:
         torch.manual_seed(seed)
         model, guide = made()
-        replicas.append(bmrs.Replica(seed, model, guide, bmrs.fit(model, guide, *data, seed=seed, **settings)))
+        replicas.append(bmrs.EnsembleMember(seed, model, guide, bmrs.fit(model, guide, *data, seed=seed, **settings)))
     return replicas
 
 

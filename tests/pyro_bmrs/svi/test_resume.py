@@ -1,4 +1,4 @@
-"""A checkpoint is gone on from only by the fit that it is of, and refused before anything is changed."""
+"""A checkpoint is resumed only by the fit that it is of, and refused before anything is changed."""
 
 import copy
 import functools
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole(interrupted, damage, tm
     (tmp_path / FILE).parent.mkdir()
     (tmp_path / FILE).write_bytes((interrupted / FILE).read_bytes())
     rewritten(tmp_path / FILE, **damage)
-    with pytest.raises(ValueError, match=r"fit\.safetensors cannot be gone on from: "):
+    with pytest.raises(ValueError, match=r"fit\.safetensors cannot be resumed from: "):
         fit(tmp_path)
 
 

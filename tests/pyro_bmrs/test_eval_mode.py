@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from pyro_bmrs.modes import evaluating
+from pyro_bmrs.eval_mode import evaluating
 
 
 def test_each_module_gets_its_own_mode_back():

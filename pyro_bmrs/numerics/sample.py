@@ -16,7 +16,7 @@ from pyro_bmrs.numerics.divergence import divergence
 from pyro_bmrs.numerics.elementwise import Elementwise
 from pyro_bmrs.numerics.regimes import may_occur, mills
 
-__all__ = ["draw", "draw_and_kl"]
+__all__ = ["sample", "sample_and_kl"]
 
 _TAIL_FROM = 2.0  # distances from which on float32 has few numbers between the error function and 1
 _FAR_FROM = 300.0  # distances from which on a tail is an exponential's, to 1e-5, of which only the slope matters
@@ -25,7 +25,7 @@ _LARGEST_ERF = 1 - 2**-24  # in float32
 _NIL_FROM = 40.0  # energies of a bound at which it pulls no draw, whose own are below 20
 
 
-def draw(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def sample(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return the exponential of a draw in ``[low, high]`` for each ``uniform`` in [0, 1).
 
     All are float32; ``uniform`` is of any shape that the others (of equal shape) broadcast to. Differentiable in the
@@ -35,7 +35,7 @@ def draw(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor)
     return theta
 
 
-def draw_and_kl(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def sample_and_kl(uniform: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same, and the KL from the uniform on ``[low, high]`` in nats, of the parameters' shape.
 
     Differentiable in ``loc`` and ``scale``; bounds are constants.
