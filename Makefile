@@ -19,8 +19,8 @@ demo: $(INSTALLED)
 # What needs a GPU: tests, and the overhead with steps captured as CUDA graphs.
 gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu
-	$(BIN)/python -m analysis.overhead --device cuda --output analysis/results/overhead-cuda
-	$(BIN)/python -m analysis.ensemble_speed --device cuda --output analysis/results/ensemble_speed-cuda
+	$(BIN)/python -m analysis.benchmarks.overhead --device cuda --output analysis/results/overhead-cuda
+	$(BIN)/python -m analysis.benchmarks.ensemble_speed --device cuda --output analysis/results/ensemble_speed-cuda
 
 # All of the study that is not done yet, then its tables and figures: hours on a GPU, days on two cores.
 # make study STUDY="--device cuda --jobs 4 --data-dir data"
@@ -28,7 +28,7 @@ study: $(INSTALLED)
 	$(BIN)/python -m analysis.study --grid table1 $(STUDY)
 	$(BIN)/python -m analysis.study --grid table2 $(STUDY)
 	$(BIN)/python -m analysis.study --grid caffe $(STUDY)
-	$(BIN)/python -m analysis.study --grid peers $(STUDY)
+	$(BIN)/python -m analysis.study --grid baselines $(STUDY)
 	$(BIN)/python -m analysis.study --grid curves $(STUDY)
 	$(BIN)/python -m analysis.study --grid precision $(STUDY)
 	$(BIN)/python -m analysis.tables

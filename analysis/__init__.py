@@ -1,5 +1,5 @@
 """What people run, from a checkout: python -m analysis.quickstart."""
 
-from analysis.extras import require
+from analysis.common.extras import require
 
 require("demo", "tyro", "sklearn")

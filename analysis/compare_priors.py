@@ -16,10 +16,10 @@ import torch
 import tyro
 
 import pyro_bmrs as bmrs
-from analysis.command import command
-from analysis.data import Split, digits, load
-from analysis.prior_figures import draw_figures
-from analysis.priors import PRIORS, Noise
+from analysis.common.command import command
+from analysis.comparisons.priors import PRIORS, Noise
+from analysis.data.sets import Split, digits, load
+from analysis.drawing.prior_figures import draw_figures
 from models import mlp
 from pyro_bmrs.io.files import write_json
 

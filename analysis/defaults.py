@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor, nn
 
 import pyro_bmrs as bmrs
-from analysis.data import digits, load
+from analysis.data.sets import digits, load
 from pyro_bmrs.io.files import write_json
 from pyro_bmrs.svi.evaluation import evaluate
 

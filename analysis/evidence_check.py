@@ -16,9 +16,9 @@ import tyro
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from analysis.command import command
-from analysis.evidence_cases import digits_case, linear_case, mnist_case, refitted_case
-from analysis.evidence_figures import draw_evidence
+from analysis.common.command import command
+from analysis.comparisons.evidence_cases import digits_case, linear_case, mnist_case, refitted_case
+from analysis.drawing.evidence_figures import draw_evidence
 from pyro_bmrs.io.files import write_json
 
 __all__ = ["EvidenceCheck", "format_table", "main"]

@@ -18,9 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from analysis.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
-from analysis.recipes import make_config
-from analysis.tradeoff import of_summary, panels, seed_groups, summarise, summary, tradeoff
+from analysis.drawing.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
+from analysis.drawing.tradeoff import of_summary, panels, seed_groups, summarise, summary, tradeoff
+from analysis.runs.recipes import make_config
 
 __all__ = [
     "Figures",

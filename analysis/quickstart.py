@@ -15,9 +15,9 @@ import tyro
 from torch import nn
 
 import pyro_bmrs as bmrs
-from analysis.data import digits
-from analysis.dense import accuracy, outputs, train_dense
-from analysis.run import draw_figures, evaluate, format_table, save_run
+from analysis.data.sets import digits
+from analysis.runs.dense import accuracy, outputs, train_dense
+from analysis.runs.results import draw_figures, evaluate, format_table, save_run
 from models import lenet5, mlp
 from pyro_bmrs.io.files import write_json
 from pyro_bmrs.pipeline.comparison import paired_change

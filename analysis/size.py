@@ -11,8 +11,8 @@ import torch
 import tyro
 
 import pyro_bmrs as bmrs
-from analysis.data import digits
-from analysis.dense import accuracy, outputs
+from analysis.data.sets import digits
+from analysis.runs.dense import accuracy, outputs
 from models import lenet5, mlp
 from pyro_bmrs.io.files import write_json
 

@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from analysis.config import METHODS, PEERS, DatasetName, NetworkName, RecipeName, RunConfig
-from analysis.execution import Execution
-from analysis.hub import image_set, locate
-from analysis.peer_runs import peers_beside
-from analysis.progress import Progress
-from analysis.recipes import make_config
-from analysis.scheduling import connect, count_cores, count_workers, on_dask, on_this_machine
-from analysis.store import Store
+from analysis.data.hub import image_set, locate
+from analysis.runs.baseline_runs import baselines_beside
+from analysis.runs.config import BASELINES, METHODS, DatasetName, NetworkName, RecipeName, RunConfig
+from analysis.runs.execution import Execution
+from analysis.runs.progress import Progress
+from analysis.runs.recipes import make_config
+from analysis.runs.scheduling import connect, count_cores, count_workers, on_dask, on_this_machine
+from analysis.runs.store import Store
 from analysis.tables import write_tables
 from pyro_bmrs.svi.elbo import Granularity
 
@@ -63,7 +63,7 @@ GRIDS = {
     "table2": Grid(("cifar10",), ("resnet18", "vit_s"), (*_SEVEN, "random"), recipes=("ours",)),
     "caffe": Grid(("mnist",), ("lenet5_caffe",), ("none", "BMRS_N"), recipes=("ours",)),
     # Of what BMRS_N has been run on by our recipe.
-    "peers": Grid(get_args(DatasetName), ("mlp", "lenet5"), PEERS, recipes=("peers",)),
+    "baselines": Grid(get_args(DatasetName), ("mlp", "lenet5"), BASELINES, recipes=("baselines",)),
 }
 
 
@@ -71,21 +71,21 @@ GRIDS = {
 class Study:
     """Run a grid of the study, skipping what is done, or render the tables of what was found."""
 
-    grid: Literal["smoke", "table1", "table2", "curves", "precision", "caffe", "peers"] = "smoke"
-    """A named grid, of which every axis can be replaced by the options below; peers need results of BMRS_N by our
+    grid: Literal["smoke", "table1", "table2", "curves", "precision", "caffe", "baselines"] = "smoke"
+    """A named grid, of which every axis can be replaced by the options below; baselines need results of BMRS_N by our
     recipe for every seed, to whose mean compression they prune."""
     datasets: tuple[DatasetName, ...] = ()
     """By default the grid's, fashion_mnist only if its files are in the data folder."""
     networks: tuple[NetworkName, ...] = ()
     """mlp_inputs is the MLP with noise on its inputs too; resnet18, resnet50, vit_s and vit_b16 are trained before."""
     methods: tuple[str, ...] = ()
-    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient, random, free_form. Of peers:
+    """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient, random, free_form. Of baselines:
     tp_magnitude, tp_taylor, tp_group_norm, scratch."""
     seeds: tuple[int, ...] = ()
     recipes: Annotated[tuple[RecipeName, ...], tyro.conf.arg(aliases=["--recipe"])] = ()
-    """paper: what its reference implementation does; ours: the library's defaults; peers: only of the grid peers."""
+    """paper: what its reference implementation does; ours: the library's defaults; baselines: of that grid alone."""
     kl_weight: tuple[float, ...] = ()
-    """Instead of the recipe's; several make an axis. Of peers: those of the runs beside which they are."""
+    """Instead of the recipe's; several make an axis. Of baselines: those of the runs beside which they are."""
     epochs: int | None = None
     """In which structures are removed, instead of the recipe's."""
     fine_tune_epochs: int | None = None
@@ -114,7 +114,7 @@ class Study:
     placement: Literal["readers", "outputs"] | None = None
     """Where noise of networks trained before stands: in front of what reads a channel, or as in the paper."""
     ranking: Literal["layer", "network"] = "layer"
-    """Of torch-pruning's peers: the same fraction of every layer goes, or all structures are ranked together."""
+    """Of torch-pruning's baselines: the same fraction of every layer goes, or all structures are ranked together."""
     jobs: int = 1
     """Runs side by side, in processes of this machine."""
     threads: int = 0
@@ -189,11 +189,11 @@ def configurations(study: Study) -> list[RunConfig]:
     datasets = study.datasets or tuple(name for name in grid.datasets if _is_at_hand(name, study.data_dir))
     networks, methods = study.networks or grid.networks, study.methods or grid.methods
     seeds, recipes = study.seeds or grid.seeds, study.recipes or grid.recipes
-    if any((recipe == "peers") != (study.grid == "peers") for recipe in recipes):
-        raise ValueError("the recipe peers is that of the grid peers, and of no other")
-    if study.grid == "peers":
+    if any((recipe == "baselines") != (study.grid == "baselines") for recipe in recipes):
+        raise ValueError("the recipe baselines is that of the grid baselines, and of no other")
+    if study.grid == "baselines":
         results = Store(study.results / "runs").read_all()
-        return peers_beside(results, datasets, networks, methods, seeds, study.kl_weight, study.ranking, **given)
+        return baselines_beside(results, datasets, networks, methods, seeds, study.kl_weight, study.ranking, **given)
     axes = product(seeds, methods, recipes, study.kl_weight or (None,), datasets, networks)
     return list(
         dict.fromkeys(

@@ -12,15 +12,15 @@ from typing import Any, get_args
 
 import tyro
 
-from analysis.config import METHODS, PEERS, RecipeName, RunConfig
-from analysis.pretrained import is_pretrained
-from analysis.recipes import dense_of, make_config
-from analysis.store import Store
-from analysis.typeset import Table, latex, markdown
+from analysis.drawing.typeset import Table, latex, markdown
+from analysis.runs.config import BASELINES, METHODS, RecipeName, RunConfig
+from analysis.runs.pretrained import is_pretrained
+from analysis.runs.recipes import dense_of, make_config
+from analysis.runs.store import Store
 
 __all__ = ["Tables", "main", "tabulate", "write_tables"]
 
-_PAPER = Path(__file__).parent / "paper_numbers.json"
+_PAPER = Path(__file__).parent / "drawing" / "paper_numbers.json"
 _RESULTS = Path(__file__).parent / "results" / "study"
 _TITLES = {
     "mnist": "MNIST",
@@ -160,7 +160,7 @@ def _table(
 
 
 def _rank(recipe: str, method: str, changes: str) -> tuple[Any, ...]:
-    methods = (*METHODS, *PEERS)
+    methods = (*METHODS, *BASELINES)
     place = methods.index(method) if method in methods else len(methods)
     return get_args(RecipeName).index(recipe), place, _by_number(method), _by_number(changes)
 
@@ -223,7 +223,7 @@ def _against_dense(results: Sequence[Result]) -> list[Result]:
     found = []
     for result in results:
         config = RunConfig(**result["config"])
-        if config.recipe != "peers" and config.method != "none" and (other := dense.get(dense_of(config))):
+        if config.recipe != "baselines" and config.method != "none" and (other := dense.get(dense_of(config))):
             found.append({**result, "change": 100 * (result["accuracy_test"] - other["accuracy_test"])})
     return found
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from analysis.published import published
+from analysis.drawing.published import published
 
 METHODS = ("L2", "gradient", "E[theta]", "SNR", "BMRS_N", "BMRS_U-8", "BMRS_U-4")
 
@@ -21,7 +21,7 @@ def result(network, dataset, method, seed, compression, accuracy, recipe="paper"
 
 
 def continuous(cells, seeds=(0, 1, 2)):
-    """Return runs of all methods, our recipe at three weights of the KL, and peers."""
+    """Return runs of all methods, our recipe at three weights of the KL, and baselines."""
     generator = np.random.default_rng(0)
     found = []
     for network, dataset in cells:
@@ -46,7 +46,7 @@ def continuous(cells, seeds=(0, 1, 2)):
                 )  # fmt: skip
             for method, lost in (("tp_magnitude", 2.5), ("tp_taylor", 1.5), ("tp_group_norm", 1.9), ("scratch", 1.2)):
                 compression, noise = best + 0.3 * (100 - best), generator.normal(0, 0.2)
-                found.append(result(network, dataset, method, seed, compression, dense - lost + noise, "peers"))
+                found.append(result(network, dataset, method, seed, compression, dense - lost + noise, "baselines"))
     return found
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import pyro_bmrs as bmrs
-from analysis.data import digits
+from analysis.data.sets import digits
 from analysis.examples.plain_loop import compacted, report
 
 __all__ = ["Images", "NoisyTrainer", "main"]

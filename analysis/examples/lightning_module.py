@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmrs as bmrs
-from analysis.data import digits
+from analysis.data.sets import digits
 from analysis.examples.plain_loop import compacted, mlp, report
 
 __all__ = ["NoisyModule", "main"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmrs as bmrs
-from analysis.data import digits
+from analysis.data.sets import digits
 from pyro_bmrs.structures.inputs import Inputs
 
 __all__ = ["compacted", "main", "mlp", "report"]

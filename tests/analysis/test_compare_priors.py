@@ -8,7 +8,7 @@ from torch.distributions import kl_divergence
 
 import pyro_bmrs as bmrs
 from analysis.compare_priors import ComparePriors, format_table, main
-from analysis.priors import PRIORS, HardConcrete
+from analysis.comparisons.priors import PRIORS, HardConcrete
 
 SHORT = {"kl_weights": (1.0,), "seeds": (0, 1), "epochs": 3, "draws": 30}
 

@@ -8,10 +8,10 @@ from matplotlib.text import Text
 from synthetic import continuous, post_training, result, sweep
 
 from analysis import figures
-from analysis.figure_style import METHODS, figure_style, panel_grid
+from analysis.drawing.figure_style import METHODS, figure_style, panel_grid
+from analysis.drawing.published import Point, published
+from analysis.drawing.tradeoff import summarise, summary, tradeoff
 from analysis.figures import Figures, draw, load_results, main, of_current_prior
-from analysis.published import Point, published
-from analysis.tradeoff import summarise, summary, tradeoff
 
 MNIST = ("lenet5", "mnist")
 ALL = [(network, dataset) for network in ("mlp", "lenet5") for dataset in ("mnist", "fashion_mnist", "cifar10")]
@@ -108,11 +108,11 @@ def test_settings_of_one_method_are_joined_and_other_recipes_are_not():
     np.testing.assert_allclose(joined[0].get_xydata()[:, 0], [20, 8, 4])
 
 
-def test_peers_are_points_of_their_own_whose_seeds_may_have_other_widths():
+def test_baselines_are_points_of_their_own_whose_seeds_may_have_other_widths():
     names = [method for method in METHODS if method.startswith("tp_") or method == "scratch"]
-    runs = [result(*MNIST, name, seed, 90, 97 + 0.1 * i + seed, "peers") for i, name in enumerate(names)
+    runs = [result(*MNIST, name, seed, 90, 97 + 0.1 * i + seed, "baselines") for i, name in enumerate(names)
             for seed in (0, 1)]  # fmt: skip
-    runs.append(result(*MNIST, "tp_taylor", 0, 90, 98.9, "peers"))
+    runs.append(result(*MNIST, "tp_taylor", 0, 90, 98.9, "baselines"))
     for i, run in enumerate(runs):
         run["config"] |= {"widths": [i, 3]} if run["config"]["method"] == "scratch" else {"budget": 0.9}
     runs[-1]["config"]["ranking"] = "network"
@@ -217,9 +217,9 @@ def test_figures_without_results_are_left_out(tmp_path):
         tradeoff(post_training([MNIST]))
 
 
-def test_the_summary_shows_ours_peers_and_what_is_published():
+def test_the_summary_shows_ours_baselines_and_what_is_published():
     ours = [result(*MNIST, "BMRS_N", seed, 90, 98.9, "ours") for seed in range(2)]
-    others = [result(*MNIST, "SNR", 0, 95, 97, "paper"), result(*MNIST, "tp_taylor", 0, 90, 97.5, "peers")]
+    others = [result(*MNIST, "SNR", 0, 95, 97, "paper"), result(*MNIST, "tp_taylor", 0, 90, 97.5, "baselines")]
     alone = [result("mlp", "digits", "BMRS_N", 0, 80, 97, "ours")]
     axes = summary([*ours, *others, *alone]).axes
     assert [ax.get_title() for ax in axes] == [tradeoff(ours).axes[0].get_title()]

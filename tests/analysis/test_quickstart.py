@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_bmrs as bmrs
-from analysis.data import digits
+from analysis.data.sets import digits
 from analysis.quickstart import Quickstart, main
 
 QUICK = Quickstart(epochs=12, fine_tune_epochs=2, kl_weight=2.0, posterior_lr=0.2, progress=False, device="cpu")

@@ -11,14 +11,14 @@ import psutil
 import pytest
 import torch
 
-from analysis import experiment, peer_runs, scheduling
-from analysis.config import METHODS, PEERS, RunConfig
-from analysis.data import Split, digits
-from analysis.execution import Execution, epochs_done, epochs_planned, is_running, work_folder
-from analysis.experiment import execute
-from analysis.progress import Progress, format_seconds, seconds_left
-from analysis.recipes import criterion, dense_of, make_config
-from analysis.store import Store
+from analysis.data.sets import Split, digits
+from analysis.runs import baseline_runs, experiment, scheduling
+from analysis.runs.config import BASELINES, METHODS, RunConfig
+from analysis.runs.execution import Execution, epochs_done, epochs_planned, is_running, work_folder
+from analysis.runs.experiment import execute
+from analysis.runs.progress import Progress, format_seconds, seconds_left
+from analysis.runs.recipes import criterion, dense_of, make_config
+from analysis.runs.store import Store
 from analysis.study import _RESULTS, GRIDS, Study, _command, configurations, main
 from pyro_bmrs import BMRS_U, WeightNorm, bmrs_n_reference
 from pyro_bmrs.svi.callbacks import JSONLines
@@ -66,7 +66,7 @@ def test_results_of_former_versions_are_still_those_of_their_configurations():
 
 def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
     ours = make_config("mnist", "mlp", "BMRS_N", "ours", 0, kl_by_cost=False)
-    scratch = make_config("mnist", "mlp", "scratch", "peers", 0, budget=0.5, widths=(3, 2))
+    scratch = make_config("mnist", "mlp", "scratch", "baselines", 0, budget=0.5, widths=(3, 2))
     for config in (ours, scratch):
         Store(tmp_path).write(config, {})
         assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
@@ -105,16 +105,21 @@ def test_the_kl_may_be_priced_at_other_widths(tmp_path):
     assert dense_of(replace(config, kl_priced_at=(20, 20, 20))) == dense_of(config)
 
 
-def test_peers_train_as_long_as_ours_without_noise():
-    peer = make_config("mnist", "lenet5", "tp_taylor", "peers", 3, budget=0.9, ranking="network")
+def test_baselines_train_as_long_as_ours_without_noise():
+    baseline = make_config("mnist", "lenet5", "tp_taylor", "baselines", 3, budget=0.9, ranking="network")
     dense = make_config("mnist", "lenet5", "none", "ours", 3)
-    assert replace(peer, method="none", recipe="ours", budget=0.0, ranking="layer") == dense
+    assert replace(baseline, method="none", recipe="ours", budget=0.0, ranking="layer") == dense
     ours = make_config("mnist", "lenet5", "BMRS_N", "ours", 3)
-    assert (peer.epochs, peer.fine_tune_epochs) == (ours.epochs + ours.fine_tune_epochs, 0)
-    assert (peer.decay, peer.batch_size, peer.lr) == (True, ours.batch_size, ours.lr)
-    assert peer.label == "mnist lenet5 tp_taylor peers budget 0.9 seed 3"
-    assert criterion(peer) is None
-    for method, recipe in (("tp_magnitude", "ours"), ("scratch", "paper"), ("BMRS_N", "peers"), ("none", "peers")):
+    assert (baseline.epochs, baseline.fine_tune_epochs) == (ours.epochs + ours.fine_tune_epochs, 0)
+    assert (baseline.decay, baseline.batch_size, baseline.lr) == (True, ours.batch_size, ours.lr)
+    assert baseline.label == "mnist lenet5 tp_taylor baselines budget 0.9 seed 3"
+    assert criterion(baseline) is None
+    for method, recipe in (
+        ("tp_magnitude", "ours"),
+        ("scratch", "paper"),
+        ("BMRS_N", "baselines"),
+        ("none", "baselines"),
+    ):
         with pytest.raises(ValueError, match=f"'{method}' does not go with the recipe '{recipe}'"):
             make_config("mnist", "lenet5", method, recipe, 0)
 
@@ -163,10 +168,10 @@ def test_the_dense_network_is_one_run_whatever_the_settings_of_noise():
     assert both[0].epochs == both[1].epochs + both[1].fine_tune_epochs
 
 
-def test_dense_networks_and_peers_see_the_pixels_that_ours_does():
+def test_dense_networks_and_baselines_see_the_pixels_that_ours_does():
     ours = make_config("cifar10", "lenet5", "BMRS_N", "ours", 0)
     assert ours.pixels == (-1.9, 2.1)
-    assert dense_of(ours).pixels == make_config("cifar10", "lenet5", "tp_taylor", "peers", 0).pixels == ours.pixels
+    assert dense_of(ours).pixels == make_config("cifar10", "lenet5", "tp_taylor", "baselines", 0).pixels == ours.pixels
     given = configurations(Study(methods=("none", "SNR"), recipes=("ours",), networks=("mlp",), pixels=(-1.0, 1.0)))
     assert [config.pixels for config in given] == [(-1, 1)] * 2
 
@@ -185,7 +190,7 @@ def test_axes_and_settings_can_be_replaced():
         configurations(Study(networks=("lenet5_caffe",), datasets=("cifar10",)))
 
 
-@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "peers"])
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "baselines"])
 def test_grids_are_of_runs_that_exist(grid, monkeypatch):
     monkeypatch.delenv("BMRS_DATA", raising=False)
     runs = configurations(Study(grid=grid))
@@ -194,18 +199,18 @@ def test_grids_are_of_runs_that_exist(grid, monkeypatch):
 
 
 def beside(folder, **changes):
-    """The study of peers in the same folders."""
-    return study(folder, grid="peers", **{"methods": (), "recipes": (), "networks": (), **changes})
+    """The study of baselines in the same folders."""
+    return study(folder, grid="baselines", **{"methods": (), "recipes": (), "networks": (), **changes})
 
 
 def keep(folder, seed, compression, kept, dataset="digits", network="mlp", recipe="ours", **changes):
-    """Keep a result of BMRS_N, as far as peers look at it."""
+    """Keep a result of BMRS_N, as far as baselines look at it."""
     config = make_config(dataset, network, "BMRS_N", recipe, seed, **{**TINY, **changes})
     widths = {f"fc{i}_noise": width for i, width in enumerate(kept)}
     store(folder).write(config, {**results_of(config), "compression": compression, "kept": widths})
 
 
-def test_peers_stand_beside_what_ours_came_to(tmp_path):
+def test_baselines_stand_beside_what_ours_came_to(tmp_path):
     for seed, compression in ((0, 0.70003), (1, 0.75), (2, 0.8), (3, 0.1)):
         keep(tmp_path, seed, compression, (9 + seed, 4), kl_weight=4.0)
         keep(tmp_path, seed, compression, (9, 9), recipe="paper")
@@ -214,14 +219,14 @@ def test_peers_stand_beside_what_ours_came_to(tmp_path):
         keep(tmp_path, seed, compression, (9, 9), posterior_lr=0.1)
     for seed in (0, 1):  # and not 2
         keep(tmp_path, seed, 0.5, (9, 9), network="lenet5")
-    peers = configurations(beside(tmp_path))
-    assert [config.method for config in peers] == [*PEERS] * 3
-    assert {(config.dataset, config.network, config.recipe) for config in peers} == {("digits", "mlp", "peers")}
-    assert {(config.budget, config.epochs, config.fine_tune_epochs, config.kl_weight) for config in peers} == {
+    baselines = configurations(beside(tmp_path))
+    assert [config.method for config in baselines] == [*BASELINES] * 3
+    assert {(config.dataset, config.network, config.recipe) for config in baselines} == {("digits", "mlp", "baselines")}
+    assert {(config.budget, config.epochs, config.fine_tune_epochs, config.kl_weight) for config in baselines} == {
         (0.75, 3, 0, 1.0)
     }
-    assert [config.widths for config in peers[3::4]] == [(9, 4), (10, 4), (11, 4)]
-    assert {config.widths for config in peers if config.method != "scratch"} == {()}
+    assert [config.widths for config in baselines[3::4]] == [(9, 4), (10, 4), (11, 4)]
+    assert {config.widths for config in baselines if config.method != "scratch"} == {()}
     both = configurations(beside(tmp_path, seeds=(0, 1), methods=("tp_taylor", "scratch"), ranking="network"))
     assert [(config.network, config.budget, config.seed, config.ranking) for config in both] == [
         (network, budget, seed, ranking)
@@ -232,40 +237,43 @@ def test_peers_stand_beside_what_ours_came_to(tmp_path):
     assert configurations(beside(tmp_path, seeds=(0,), networks=("mlp",), datasets=("mnist", "digits"))) != []
 
 
-def test_peers_of_several_weights_of_the_kl_have_budgets_of_their_own(tmp_path):
+def test_baselines_of_several_weights_of_the_kl_have_budgets_of_their_own(tmp_path):
     for weight, compression in ((1.0, 0.5), (4.0, 0.75), (8.0, 0.75)):
         keep(tmp_path, 0, compression, (9, int(weight)), kl_weight=weight)
-    peers = configurations(beside(tmp_path, seeds=(0,)))
-    assert [(config.method, config.budget) for config in peers[:2]] == [("tp_magnitude", 0.5), ("tp_magnitude", 0.75)]
-    assert len(peers) == 3 * 2 + 3  # two weights that come to one size have one peer, of other widths two
+    baselines = configurations(beside(tmp_path, seeds=(0,)))
+    assert [(config.method, config.budget) for config in baselines[:2]] == [
+        ("tp_magnitude", 0.5),
+        ("tp_magnitude", 0.75),
+    ]
+    assert len(baselines) == 3 * 2 + 3  # two weights that come to one size have one baseline, of other widths two
     assert {config.budget for config in configurations(beside(tmp_path, seeds=(0,), kl_weight=(1.0,)))} == {0.5}
 
 
-def test_peers_of_nothing_are_refused_with_what_to_run_first(tmp_path):
+def test_baselines_of_nothing_are_refused_with_what_to_run_first(tmp_path):
     keep(tmp_path, 0, 0.5, (9, 9))
     for changes in ({}, {"seeds": (1,)}, {"seeds": (0,), "datasets": ("mnist",)}, {"seeds": (0,), "epochs": 5},
                     {"seeds": (0,), "networks": ("lenet5",)}, {"seeds": (0,), "kl_weight": (9.0,)}):  # fmt: skip
         with pytest.raises(ValueError, match=r"first run .* --grid table1 --recipe ours --methods BMRS_N --seeds"):
             main(beside(tmp_path, table=True, **changes))
-    with pytest.raises(ValueError, match="'SNR' does not go with the recipe 'peers'"):
+    with pytest.raises(ValueError, match="'SNR' does not go with the recipe 'baselines'"):
         configurations(beside(tmp_path, seeds=(0,), methods=("SNR",)))
-    for mixed in (beside(tmp_path, seeds=(0,), recipes=("ours",)), study(tmp_path, recipes=("ours", "peers"))):
-        with pytest.raises(ValueError, match="the recipe peers is that of the grid peers"):
+    for mixed in (beside(tmp_path, seeds=(0,), recipes=("ours",)), study(tmp_path, recipes=("ours", "baselines"))):
+        with pytest.raises(ValueError, match="the recipe baselines is that of the grid baselines"):
             configurations(mixed)
 
 
 @pytest.mark.parametrize(("network", "seeds"), [("mlp", (0, 1)), ("lenet5", (0,))])
-def test_peers_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
+def test_baselines_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
     settings = {"networks": (network,), "seeds": seeds, "epochs": 4, "fine_tune_epochs": 0}
-    ours, peers = study(tmp_path, kl_weight=(4.0,), **settings), beside(tmp_path, **settings)
-    count = len(PEERS) * len(seeds)
+    ours, baselines = study(tmp_path, kl_weight=(4.0,), **settings), beside(tmp_path, **settings)
+    count = len(BASELINES) * len(seeds)
     assert main(ours)
-    assert main(peers)
+    assert main(baselines)
     assert f"{count} runs: 0 done, {count} to do" in capsys.readouterr().out
     sources = [store(tmp_path).read(config) for config in configurations(ours)]
-    budget = configurations(peers)[0].budget
+    budget = configurations(baselines)[0].budget
     assert 0 < budget == pytest.approx(sum(source["compression"] for source in sources) / len(seeds), abs=1e-4)
-    for config in configurations(peers):
+    for config in configurations(baselines):
         found = store(tmp_path).read(config)
         assert RunConfig(**found["config"]) == config
         if config.method == "scratch":
@@ -279,28 +287,28 @@ def test_peers_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
         missing = {"accuracy_test_masked", "surgery_max_abs_error", "structures", "kept", "compression_reference"}
         assert set(sources[0]) - set(found) == missing
     files = {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.iterdir()}
-    assert main(peers)
+    assert main(baselines)
     assert f"{count} runs: {count} done, 0 to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.iterdir()} == files
-    assert main(replace(peers, table=True))
+    assert main(replace(baselines, table=True))
     printed = capsys.readouterr().out
-    for method in PEERS:
-        assert f"| peers | {method} (epochs 4, budget {budget:g}) | " in printed
-    assert printed.count(f"({len(seeds)}) |") == len(PEERS)
+    for method in BASELINES:
+        assert f"| baselines | {method} (epochs 4, budget {budget:g}) | " in printed
+    assert printed.count(f"({len(seeds)}) |") == len(BASELINES)
 
 
-def test_an_interrupted_peer_starts_again(tmp_path, monkeypatch):
+def test_an_interrupted_baseline_starts_again(tmp_path, monkeypatch):
     keep(tmp_path, 0, 0.5, (20, 20, 20))
-    peers = beside(tmp_path, seeds=(0,), methods=("tp_taylor",))
-    (config,) = configurations(peers)
+    baselines = beside(tmp_path, seeds=(0,), methods=("tp_taylor",))
+    (config,) = configurations(baselines)
     with monkeypatch.context() as patched:
-        patched.setattr(peer_runs, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(baseline_runs, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            main(peers)
+            main(baselines)
     execution = Execution(tmp_path / "work")
     assert (epochs_done(config, execution), epochs_planned(config)) == (0, 3)
     assert store(tmp_path).state(config) == "pending"
-    assert main(peers)
+    assert main(baselines)
     again = execute(config, Execution(tmp_path / "again", device="cpu"))
     found = store(tmp_path).read(config)
     assert found["sessions"] == [0, 0]
@@ -514,9 +522,9 @@ def test_the_time_left_is_estimated_from_like_runs():
     assert seconds_left({slow: 10, fast: 5}, finished, 1) == 105
     assert seconds_left({slow: 10, fast: 5}, finished, 2) == 100  # a run is not divided
     assert seconds_left({replace(fast, dataset="mnist"): 10}, finished, 1) == 55
-    peer, scratch = (make_config("digits", "mlp", name, "peers", 0, epochs=10, fine_tune_epochs=0)
+    baseline, scratch = (make_config("digits", "mlp", name, "baselines", 0, epochs=10, fine_tune_epochs=0)
                      for name in ("tp_taylor", "scratch"))  # fmt: skip
-    assert seconds_left({peer: 10, scratch: 10}, [(peer, 90.0), (scratch, 5.0)], 1) == 95
+    assert seconds_left({baseline: 10, scratch: 10}, [(baseline, 90.0), (scratch, 5.0)], 1) == 95
     assert [format_seconds(s) for s in (3.2, 200, 7300)] == ["3 s", "3 min", "2 h 2 min"]
 
 

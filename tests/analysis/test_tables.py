@@ -1,9 +1,9 @@
 import json
 from dataclasses import asdict
 
-from analysis.recipes import make_config
+from analysis.drawing.typeset import latex, markdown
+from analysis.runs.recipes import make_config
 from analysis.tables import tabulate, write_tables
-from analysis.typeset import latex, markdown
 
 
 def result(
@@ -58,24 +58,24 @@ def test_rows_are_in_the_order_of_their_numbers():
     assert [row[1] for row in table.rows] == [*order, "BMRS_U-9", "BMRS_U-12"]
 
 
-def peer(method, seed, budget, widths=(), **settings):
-    return result(method, seed, 0.9, 0.98, recipe="peers", budget=budget, widths=widths, **settings)
+def baseline(method, seed, budget, widths=(), **settings):
+    return result(method, seed, 0.9, 0.98, recipe="baselines", budget=budget, widths=widths, **settings)
 
 
-def test_peers_are_rows_below_ours_by_their_budget():
-    results = [peer("scratch", seed, 0.9, (4, 3 + seed)) for seed in range(3)]
-    results += [peer("tp_taylor", 0, 0.8737), peer("tp_taylor", 0, 0.8737, ranking="network")]
-    results += [peer("tp_magnitude", 0, 0.8737), peer("tp_magnitude", 0, 0.5, dataset="cifar10")]
+def test_baselines_are_rows_below_ours_by_their_budget():
+    results = [baseline("scratch", seed, 0.9, (4, 3 + seed)) for seed in range(3)]
+    results += [baseline("tp_taylor", 0, 0.8737), baseline("tp_taylor", 0, 0.8737, ranking="network")]
+    results += [baseline("tp_magnitude", 0, 0.8737), baseline("tp_magnitude", 0, 0.5, dataset="cifar10")]
     results += [result("SNR", 0, 0.9, 0.98, recipe=recipe) for recipe in ("ours", "paper")]
     (table,) = tabulate(json.loads(json.dumps(results)))
     assert [row[:3] for row in table.rows] == [
         ["paper", "SNR", "90.00 / 98.00 (1)"],
         ["ours", "SNR", "90.00 / 98.00 (1)"],
-        ["peers", "tp_magnitude (budget 0.5)", ""],
-        ["peers", "tp_magnitude (budget 0.8737)", "90.00 / 98.00 (1)"],
-        ["peers", "tp_taylor (budget 0.8737)", "90.00 / 98.00 (1)"],
-        ["peers", "tp_taylor (budget 0.8737, ranking network)", "90.00 / 98.00 (1)"],
-        ["peers", "scratch (budget 0.9)", "90.00 ± 0.00 / 98.00 ± 0.00 (3)"],
+        ["baselines", "tp_magnitude (budget 0.5)", ""],
+        ["baselines", "tp_magnitude (budget 0.8737)", "90.00 / 98.00 (1)"],
+        ["baselines", "tp_taylor (budget 0.8737)", "90.00 / 98.00 (1)"],
+        ["baselines", "tp_taylor (budget 0.8737, ranking network)", "90.00 / 98.00 (1)"],
+        ["baselines", "scratch (budget 0.9)", "90.00 ± 0.00 / 98.00 ± 0.00 (3)"],
     ]
     assert [row[3] for row in table.rows[2:]] == [""] * 5
     assert "scratch (budget 0.9)" in latex([table])
@@ -88,7 +88,7 @@ def test_accuracies_are_compared_with_the_dense_networks_of_their_recipe_seed_an
     results += [result("gradient", 0, 0.8, 0.91, dataset="cifar10")]
     results += [result("BMRS_N", 0, 0.8, 0.7, dataset="cifar10", recipe="ours", kl_weight=3.0)]
     results += [result("none", 0, 0.0, 0.9, recipe="ours"), result("BMRS_N", 0, 0.8, 0.89, recipe="ours", kl_weight=3)]
-    results += [result("none", 0, 0.0, 0.5, recipe="ours", epochs=7), peer("tp_taylor", 0, 0.8)]
+    results += [result("none", 0, 0.0, 0.5, recipe="ours", epochs=7), baseline("tp_taylor", 0, 0.8)]
     first, second, counted, third = tabulate(results)
     assert first.title == "LeNet-5"
     assert second.title == "LeNet-5, accuracy against none"

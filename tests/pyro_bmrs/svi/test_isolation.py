@@ -90,6 +90,7 @@ def test_an_interruption_at_any_moment_leaves_everything_as_it_was(seconds):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    bmrs.fit(*small_classifier(), blobs(), **QUICK)  # what is imported on first use would leave files open
     model, guide = small_classifier()
     before, handler = around(model, guide), signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # and again: Python drops what a finalizer raises

@@ -1,0 +1,1 @@
+"""Programs that time the library: python -m analysis.benchmarks.overhead, and the others here."""

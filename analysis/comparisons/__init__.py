@@ -1,0 +1,1 @@
+"""What compare_priors and evidence_check compute."""

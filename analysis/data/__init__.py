@@ -1,0 +1,1 @@
+"""Data sets: found, downloaded, decoded and split."""
