@@ -5,13 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test demo gpu study format clean
+.PHONY: test quick thorough demo gpu study format docs coverage dist clean
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+# What changes most often, in about a minute.
+quick: $(INSTALLED)
+	$(BIN)/pytest -n 2 -m "not slow and not exhaustive" -q
+
+# Everything, the exhaustive tests too: half an hour.
+thorough: $(INSTALLED)
+	$(BIN)/pytest -n 2 -m ""
 
 demo: $(INSTALLED)
 	$(BIN)/python -m analysis.quickstart
@@ -37,6 +45,18 @@ study: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The reference of the library and of the paper's networks, from their docstrings: build/docs/index.html.
+docs: $(INSTALLED)
+	$(BIN)/python tests/reference.py build/docs
+
+# Lines and branches of the library that the tests reach.
+coverage: $(INSTALLED)
+	$(BIN)/pytest -n 2 --cov=pyro_bmrs --cov-branch --cov-report=term-missing:skip-covered --cov-report=html:build/coverage
+
+# dist/: a wheel of pyro_bmrs alone, and a source archive of everything.
+dist: $(INSTALLED)
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

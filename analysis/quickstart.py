@@ -19,7 +19,7 @@ from analysis.data.sets import digits
 from analysis.runs.dense import accuracy, outputs, train_dense
 from analysis.runs.results import draw_figures, evaluate, format_table, save_run
 from models import lenet5, mlp
-from pyro_bmrs.io.files import write_json
+from pyro_bmrs.io.files import prepare_run_folder, write_json
 from pyro_bmrs.pipeline.comparison import paired_change
 from pyro_bmrs.svi.devices import resolve_device
 
@@ -69,7 +69,7 @@ def main(config: Quickstart) -> dict[str, object]:
     """Run the quickstart, print its table and return its results."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = config.output or Path("runs") / f"quickstart-{config.network}-seed{config.seed}-{stamp}"
-    folder = bmrs.prepare_run_folder(folder, config.overwrite, config.resume)
+    folder = prepare_run_folder(folder, config.overwrite, config.resume)
     if config.resume and (folder / "results.json").exists():
         results: dict[str, object] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         print(f"{folder} is finished, nothing to do:\n\n{format_table(results)}\n\n{_where(folder)}")

@@ -7,15 +7,10 @@ reduction compares the two in closed form from the guide's parameters; what the 
 from typing import TYPE_CHECKING, Any
 
 from pyro_bmrs.bmr import (
-    DivergentIntegralError,
-    Reduction,
-    SampledEvidenceChange,
-    SearchResult,
     UnreliableEvidenceWarning,
     estimate_evidence_change,
     evidence_change,
     greedy_search,
-    posterior_and_prior,
     precision_window,
     reduce,
     reduced_posterior,
@@ -36,16 +31,14 @@ from pyro_bmrs.criteria import (
     Random,
     WeightNorm,
 )
-from pyro_bmrs.criteria.presets import bmrs_n, bmrs_n_reference, bmrs_n_substantial, reference_kl_weights
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inspection.evaluation import PredictiveEvaluation, PredictiveScores, Reliability, evaluate
+from pyro_bmrs.inspection.evaluation import evaluate
 from pyro_bmrs.inspection.evidence import evidence_changes
 from pyro_bmrs.inspection.inference_data import to_arviz
 from pyro_bmrs.inspection.program_data import guide_to_arviz
 from pyro_bmrs.inspection.trajectories import Trajectories
-from pyro_bmrs.io.files import prepare_run_folder
 from pyro_bmrs.io.networks import load, save
-from pyro_bmrs.model.attach import AttachedNoise, attach_noise
+from pyro_bmrs.model.attach import attach_noise
 from pyro_bmrs.model.guides.beta import BetaGuide
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.guides.truncated_log_normal import TruncatedLogNormalGuide
@@ -53,9 +46,8 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.model.prediction import predict
 from pyro_bmrs.model.sampling import sampled_noise
-from pyro_bmrs.pipeline.prune import Pruned, prune
+from pyro_bmrs.pipeline.prune import prune
 from pyro_bmrs.structures.any_guide import noise_posterior
-from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.compact import compact
 from pyro_bmrs.structures.cost import (
     cost_kl_weights,
@@ -65,15 +57,12 @@ from pyro_bmrs.structures.cost import (
     measure_latency,
 )
 from pyro_bmrs.structures.discovery import find_structures
-from pyro_bmrs.structures.layers import ChannelGather, ChannelScale, ChannelScatter, CountedLayerNorm
 from pyro_bmrs.structures.shrink import shrink
-from pyro_bmrs.structures.structure_set import Structure, StructureSet
-from pyro_bmrs.svi.callbacks import Callback, EnergyTracker, JSONLines, ProgressBar
-from pyro_bmrs.svi.diagnostics import Diagnostics
+from pyro_bmrs.svi.callbacks import Callback, EnergyTracker
 from pyro_bmrs.svi.elbo import MeanFieldELBO
-from pyro_bmrs.svi.ensemble import EnsembleMember, fit_ensemble
+from pyro_bmrs.svi.ensemble import fit_ensemble
 from pyro_bmrs.svi.fit import fit
-from pyro_bmrs.svi.free_form import FreeFormEvidence, free_form_evidence
+from pyro_bmrs.svi.free_form import free_form_evidence
 from pyro_bmrs.svi.free_form_criterion import FreeFormCriterion
 from pyro_bmrs.svi.pruning import Continuous, PostTraining, ToSize
 from pyro_bmrs.svi.result import FitResult, FitWarning
@@ -98,47 +87,26 @@ __all__ = [
     "BMRS_N",
     "BMRS_U",
     "SNR",
-    "AttachedNoise",
     "BetaGuide",
     "Callback",
-    "ChannelGather",
-    "ChannelScale",
-    "ChannelScatter",
     "Continuous",
-    "CountedLayerNorm",
     "Criterion",
-    "Diagnostics",
-    "DivergentIntegralError",
     "EnergyTracker",
-    "EnsembleMember",
     "EvidenceCriterion",
     "FitResult",
     "FitSettings",
     "FitWarning",
     "FlatGuide",
     "FreeFormCriterion",
-    "FreeFormEvidence",
     "GradientWeightNorm",
-    "HeadwiseAttention",
-    "JSONLines",
     "LogUniform",
     "MeanFieldELBO",
     "MultiplicativeNoise",
     "NoisyNetwork",
     "PostTraining",
     "PosteriorMean",
-    "PredictiveEvaluation",
-    "PredictiveScores",
-    "ProgressBar",
-    "Pruned",
     "PruningContext",
     "Random",
-    "Reduction",
-    "Reliability",
-    "SampledEvidenceChange",
-    "SearchResult",
-    "Structure",
-    "StructureSet",
     "ToSize",
     "TrainingGradients",
     "Trajectories",
@@ -147,9 +115,6 @@ __all__ = [
     "UnreliableEvidenceWarning",
     "WeightNorm",
     "attach_noise",
-    "bmrs_n",
-    "bmrs_n_reference",
-    "bmrs_n_substantial",
     "compact",
     "cost_kl_weights",
     "cost_log_odds",
@@ -178,14 +143,11 @@ __all__ = [
     "plot_reliability",
     "plot_ridge",
     "plot_trajectories",
-    "posterior_and_prior",
     "precision_window",
     "predict",
-    "prepare_run_folder",
     "prune",
     "reduce",
     "reduced_posterior",
-    "reference_kl_weights",
     "register_evidence_change",
     "register_exponential_family",
     "register_reduced_posterior",
@@ -202,5 +164,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("plot_") and name in __all__:
         from pyro_bmrs.inspection import layer_plots, plots, reliability  # noqa: PLC0415  (Matplotlib)
 
-        return getattr(next(each for each in (plots, layer_plots, reliability) if name in each.__all__), name)
+        module = next(each for each in (plots, layer_plots, reliability) if name in each.__all__)
+        globals()[name] = getattr(module, name)
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_bmrs as bmrs
+from analysis.runs.reference import reference_kl_weights
+from pyro_bmrs.bmr.latents import posterior_and_prior
+from pyro_bmrs.io.files import prepare_run_folder
 
 LIBRARY = str(Path(bmrs.__file__).parent)
 REFUSALS = (TypeError, ValueError, NotImplementedError, OSError, RuntimeError, ImportError)
@@ -325,7 +328,7 @@ CALLS = {
         "model": w.model,
         "reduced_priors": {"2.theta": bmrs.spike(bmrs.LogUniform())},
     },
-    bmrs.posterior_and_prior: lambda w: {"guide": w.guide, "model": w.model, "site": "2.theta"},
+    posterior_and_prior: lambda w: {"guide": w.guide, "model": w.model, "site": "2.theta"},
     bmrs.greedy_search: lambda w: {"delta_f_of": lambda removed: -1.0, "candidates": range(3), "prior_log_odds": 0.0},
     bmrs.LogUniform: lambda w: {"log_low": -9.0, "log_high": 0.0},
     bmrs.TruncatedLogNormal: lambda w: {
@@ -373,8 +376,8 @@ CALLS = {
     },
     bmrs.save: lambda w: {"net": w.plain, "path": Path(w.folder) / "net"},
     bmrs.load: lambda w: {"path": saved(w), "module": None},
-    bmrs.prepare_run_folder: lambda w: {"path": Path(w.folder) / "run", "overwrite": False, "resume": False},
-    bmrs.reference_kl_weights: lambda w: {"net": w.model.net, "num_data": 32},
+    prepare_run_folder: lambda w: {"path": Path(w.folder) / "run", "overwrite": False, "resume": False},
+    reference_kl_weights: lambda w: {"net": w.model.net, "num_data": 32},
 }
 
 

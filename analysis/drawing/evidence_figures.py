@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = ["draw_evidence", "draw_pair"]
 
@@ -24,7 +25,7 @@ def draw_evidence(cases: list[dict[str, Any]], output: Path) -> None:
         plt.close(figure)
 
 
-def draw_pair(guide: bmrs.FlatGuide, free_form: bmrs.FreeFormEvidence, path: Path) -> None:
+def draw_pair(guide: bmrs.FlatGuide, free_form: FreeFormEvidence, path: Path) -> None:
     """Draw posterior, free-form factor and prior of the clearest structure to go, and of one that stays.
 
     Args:

@@ -17,6 +17,7 @@ from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.compact import without_noise
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.structures.layers import ChannelScale
 from pyro_bmrs.structures.points import replace_everywhere
 from pyro_bmrs.svi.training import Trainer
 
@@ -189,7 +190,7 @@ def train_from_scratch(
         Rethinking the Value of Network Pruning (Liu et al., 2019)
     """
     net = copy.deepcopy(pruned)
-    for scale in [module for module in net.modules() if isinstance(module, bmrs.ChannelScale)]:
+    for scale in [module for module in net.modules() if isinstance(module, ChannelScale)]:
         net = replace_everywhere(net, scale, nn.Identity())
     with local_seed(devices=[]):
         torch.manual_seed(seed)

@@ -17,7 +17,7 @@ from analysis.runs.dense import accuracy
 from analysis.runs.execution import LEVELS, Execution, run_lock, shared_training, work_folder
 from analysis.runs.rank_correlation import spearman
 from analysis.runs.recipes import criterion
-from analysis.runs.reference_count import reference_compression
+from analysis.runs.reference import reference_compression, reference_kl_weights
 from analysis.runs.results import evaluate, short_history
 from pyro_bmrs.model.noise import noise_layers
 from pyro_bmrs.structures.compact import without_noise
@@ -88,7 +88,7 @@ def _program(
 ) -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGuide]:
     kl_weight: Any = config.kl_weight
     if isinstance(kl_weight, str):
-        kl_weight = bmrs.reference_kl_weights(net, len(images))
+        kl_weight = reference_kl_weights(net, len(images))
     elif config.kl_by_cost:
         masks = _left(net, config.kl_priced_at) if config.kl_priced_at else None
         kl_weight = bmrs.cost_kl_weights(net, to_input(images[:2]).cpu(), kl_weight, masks=masks)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from analysis.runs.config import BASELINES, METHODS, OTHERS, RecipeName, RunConfig
+from analysis.runs.reference import REFERENCE_LOG_ODDS
 from pyro_bmrs import (
     BMRS_N,
     BMRS_U,
@@ -19,7 +20,6 @@ from pyro_bmrs import (
     PosteriorMean,
     Random,
     WeightNorm,
-    bmrs_n_reference,
 )
 
 __all__ = ["criterion", "dense_of", "make_config"]
@@ -210,7 +210,7 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dic
         "prune_from": 1,
         "prune_until": epochs,
         # Its BMRS_N, which L2 and gradient norm are matched to, lacks a term of eq. 8; its BMRS_U lacks none.
-        "prior_log_odds": bmrs_n_reference.prior_log_odds if method in ("BMRS_N", *_RANKINGS) else 0.0,
+        "prior_log_odds": REFERENCE_LOG_ODDS if method in ("BMRS_N", *_RANKINGS) else 0.0,
         "p2": 23.0,
         "noise_before_pool": network == "lenet5",
     }

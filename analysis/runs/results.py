@@ -19,6 +19,7 @@ from analysis.runs.dense import accuracy, outputs
 from pyro_bmrs.io.files import write_json
 from pyro_bmrs.pipeline.tables import cost_table, structure_table
 from pyro_bmrs.structures.inputs import to_input
+from pyro_bmrs.svi.free_form import FreeFormEvidence
 
 __all__ = ["compare", "draw_figures", "evaluate", "format_table", "save_run", "short_history"]
 
@@ -89,7 +90,7 @@ def save_run(
     model: bmrs.NoisyNetwork,
     guide: bmrs.TruncatedLogNormalGuide,
     pruned: nn.Module,
-    free_form: bmrs.FreeFormEvidence | None = None,
+    free_form: FreeFormEvidence | None = None,
 ) -> None:
     """Write results, posterior, checkpoint and the pruned network into the run folder, the results last."""
     bmrs.save(model, folder / "checkpoint" / "model")
@@ -106,7 +107,7 @@ def draw_figures(
     history: list[dict[str, Any]],
     prior_log_odds: float,
     dense: float | None = None,
-    free_form: bmrs.FreeFormEvidence | None = None,
+    free_form: FreeFormEvidence | None = None,
 ) -> list[Path]:
     """Draw the six figures of a run into ``folder/figures`` and return their paths.
 

@@ -18,9 +18,10 @@ from analysis.runs.execution import Execution, epochs_done, epochs_planned, is_r
 from analysis.runs.experiment import execute
 from analysis.runs.progress import Progress, format_seconds, seconds_left
 from analysis.runs.recipes import criterion, dense_of, make_config
+from analysis.runs.reference import REFERENCE_LOG_ODDS
 from analysis.runs.store import Store
 from analysis.study import _RESULTS, GRIDS, Study, _command, configurations, main
-from pyro_bmrs import BMRS_U, WeightNorm, bmrs_n_reference
+from pyro_bmrs import BMRS_N, BMRS_U, WeightNorm
 from pyro_bmrs.svi.callbacks import JSONLines
 
 TINY = {"epochs": 2, "fine_tune_epochs": 1}
@@ -148,9 +149,9 @@ def test_the_papers_recipe_is_the_references():
         0,
     )
     assert (config.batch_size, config.lr, config.posterior_lr, config.noise_before_pool) == (128, 1.4e-3, 1.4e-3, True)
-    assert criterion(config) == bmrs_n_reference
+    assert criterion(config) == BMRS_N(prior_log_odds=REFERENCE_LOG_ODDS)
     ranked = make_config("mnist", "lenet5", "L2", "paper", 0)
-    assert criterion(ranked) == WeightNorm(bmrs_n_reference, match_by="structures")
+    assert criterion(ranked) == WeightNorm(criterion(config), match_by="structures")
     assert (ranked.epochs, ranked.prune_from, ranked.prune_until) == (60, 50, 50)
     assert dense_of(ranked) == dense_of(config)
     assert criterion(make_config("mnist", "mlp", "BMRS_U-4", "paper", 0)) == BMRS_U(4, 23)

@@ -12,6 +12,7 @@ from analysis.runs.baselines import narrowed, train_baseline, train_from_scratch
 from analysis.runs.dense import accuracy
 from models import lenet5, mlp
 from pyro_bmrs.structures.compact import without_noise
+from pyro_bmrs.structures.layers import ChannelScale
 
 IMPORTANCES = ["magnitude", "taylor", "group_norm"]
 SETTINGS = {"batch_size": 64, "lr": 4e-3, "seed": 0}
@@ -162,7 +163,7 @@ def test_from_scratch_keeps_the_architecture_and_nothing_else(name):
         assert torch.equal(parameter, nets[1].get_parameter(key))
         assert not torch.equal(parameter, nets[2].get_parameter(key))
         assert not torch.equal(parameter, before[key])
-    assert not any(isinstance(module, bmrs.ChannelScale) for module in nets[0].modules())
+    assert not any(isinstance(module, ChannelScale) for module in nets[0].modules())
     for key, value in pruned.state_dict().items():
         assert torch.equal(value, before[key])
 

@@ -7,6 +7,7 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.bmr.latents import posterior_and_prior
 
 PRIOR = bmrs.LogUniform()
 POSTERIOR = bmrs.TruncatedLogNormal(torch.tensor(-1.0), torch.tensor(0.5))
@@ -44,7 +45,7 @@ def test_a_point_estimate_is_no_posterior():
     guide = AutoDelta(model)
     guide()
     with pytest.raises(NotImplementedError, match="the guide's distribution of site 'w' is a point mass"):
-        bmrs.posterior_and_prior(guide, model, "w")
+        posterior_and_prior(guide, model, "w")
 
 
 def test_results_keep_no_gradient():

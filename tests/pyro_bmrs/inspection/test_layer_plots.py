@@ -9,6 +9,7 @@ from nets import blobs, build, small_classifier
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.inspection.evaluation import PredictiveScores
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +143,7 @@ def test_they_draw_on_given_axes_and_refuse_nonsense():
         (lambda: bmrs.plot_trajectories(3), TypeError, "trajectories must be"),
         (lambda: bmrs.Trajectories(3), TypeError, "guide must be"),
         (lambda: bmrs.plot_reliability(3), TypeError, "scores must be"),
-        (lambda: bmrs.plot_reliability(bmrs.PredictiveScores(-1.0)), ValueError, "not labels"),
+        (lambda: bmrs.plot_reliability(PredictiveScores(-1.0)), ValueError, "not labels"),
         (lambda: bmrs.plot_ridge(guide, ax=3), TypeError, "ax must be"),
     ):
         with pytest.raises(error, match=message):

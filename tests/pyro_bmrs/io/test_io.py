@@ -7,6 +7,9 @@ from nets import build, random_masks
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.io.files import prepare_run_folder
+from pyro_bmrs.structures.attention import HeadwiseAttention
+from pyro_bmrs.structures.layers import ChannelGather, ChannelScale
 
 
 @pytest.fixture
@@ -45,8 +48,8 @@ def test_round_trip(saved):
         nn.Embedding(5, 3),
         nn.ModuleDict({"a": nn.Linear(1, 2)}),
         nn.ModuleList([nn.Linear(1, 2), nn.Sequential()]),
-        bmrs.ChannelScale(torch.rand(4), dim=-1),
-        bmrs.ChannelGather(torch.tensor([2, 0]), dim=-1),
+        ChannelScale(torch.rand(4), dim=-1),
+        ChannelGather(torch.tensor([2, 0]), dim=-1),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -164,19 +167,19 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
 
 
 def test_results_of_a_run_are_kept_unless_told_otherwise(tmp_path):
-    folder = bmrs.prepare_run_folder(tmp_path / "a" / "run")
+    folder = prepare_run_folder(tmp_path / "a" / "run")
     assert (folder / "figures").is_dir()
     (folder / "results.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"already holds what an earlier run has left; it is kept.*overwrite"):
-        bmrs.prepare_run_folder(folder)
-    assert bmrs.prepare_run_folder(folder, overwrite=True) == folder
+        prepare_run_folder(folder)
+    assert prepare_run_folder(folder, overwrite=True) == folder
     assert not (folder / "results.json").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to the run folder"):
-        bmrs.prepare_run_folder(tmp_path / "file" / "run")
+        prepare_run_folder(tmp_path / "file" / "run")
 
 
 class Scaled(nn.Module):
@@ -204,7 +207,7 @@ def test_a_network_of_a_users_own_class_is_loaded_onto_an_instance(tmp_path):
     guide = bmrs.TruncatedLogNormalGuide(model, init_loc=-0.3)
     small = bmrs.compact(model, guide, random_masks(model), x)
     assert small.n_head < 4
-    assert isinstance(small.layer.self_attn, bmrs.HeadwiseAttention)
+    assert isinstance(small.layer.self_attn, HeadwiseAttention)
     bmrs.save(small, tmp_path / "small")
     again = bmrs.load(tmp_path / "small", Scaled())
     torch.testing.assert_close(again(x), small(x))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import pyro_bmrs as bmrs
+from pyro_bmrs.structures.attention import HeadwiseAttention
 
 OPTIONS = {
     "plain": {},
@@ -62,7 +62,7 @@ def pair(**options):
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     ours = copy.deepcopy(theirs)
-    bmrs.HeadwiseAttention.adopt(ours)
+    HeadwiseAttention.adopt(ours)
     return ours, theirs
 
 
@@ -150,7 +150,7 @@ def test_an_encoder_layer_runs_the_output_projection_even_without_gradients(stac
         expected = net(x)
         for module in net.modules():
             if type(module) is nn.MultiheadAttention:
-                bmrs.HeadwiseAttention.adopt(module)
+                HeadwiseAttention.adopt(module)
         seen = []
         layer.self_attn.out_proj.register_forward_pre_hook(lambda *_: seen.append(1))
         torch.testing.assert_close(net(x), expected)
@@ -169,7 +169,7 @@ def test_an_encoder_that_makes_nested_tensors_of_padding_can_lose_heads(heads):
                 layer.self_attn.out_proj.weight[:, :4] = 0
         expected = net(x, src_key_padding_mask=padding)
         for layer in net.layers:
-            bmrs.HeadwiseAttention.adopt(layer.self_attn)
+            HeadwiseAttention.adopt(layer.self_attn)
             if heads == 1:
                 prune_first_head(layer.self_attn)
         found = net(x, src_key_padding_mask=padding)
@@ -179,7 +179,7 @@ def test_an_encoder_that_makes_nested_tensors_of_padding_can_lose_heads(heads):
 @pytest.mark.parametrize("kwargs", [{}, {"kdim": 5}])
 def test_one_made_directly_is_like_the_original(kwargs):
     made = []
-    for kind in (bmrs.HeadwiseAttention, nn.MultiheadAttention):
+    for kind in (HeadwiseAttention, nn.MultiheadAttention):
         torch.manual_seed(0)
         made.append(kind(8, 2, **kwargs))
     ours, theirs = made
@@ -193,7 +193,7 @@ def test_one_made_directly_is_like_the_original(kwargs):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_it_is_exported_for_any_batch_and_length(strict):
-    ours = bmrs.HeadwiseAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True).eval()
+    ours = HeadwiseAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True).eval()
 
     class Net(nn.Module):
         def __init__(self):
@@ -227,9 +227,9 @@ def test_it_runs_for_several_sets_of_parameters_at_once(need_weights):
 def test_adopting_changes_nothing_but_the_class():
     attention = nn.MultiheadAttention(8, 2)
     before, attributes = copy.deepcopy(attention.state_dict()), dict(vars(attention))
-    bmrs.HeadwiseAttention.adopt(attention)
+    HeadwiseAttention.adopt(attention)
     twin = copy.deepcopy(attention)
-    assert type(twin) is bmrs.HeadwiseAttention
+    assert type(twin) is HeadwiseAttention
     assert list(attention.state_dict()) == list(before)
     attention.release()
     assert type(attention) is nn.MultiheadAttention
@@ -238,14 +238,14 @@ def test_adopting_changes_nothing_but_the_class():
 
 
 def test_what_cannot_be_said_is_refused():
-    attention = bmrs.HeadwiseAttention(8, 2)
+    attention = HeadwiseAttention(8, 2)
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match="is_causal=True is a hint about attn_mask"):
         attention(x, x, x, is_causal=True)
     with pytest.raises(TypeError, match="but got Linear"):
-        bmrs.HeadwiseAttention.adopt(nn.Linear(2, 2))
+        HeadwiseAttention.adopt(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="but got HeadwiseAttention"):
-        bmrs.HeadwiseAttention.adopt(attention)
+        HeadwiseAttention.adopt(attention)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_what_cannot_be_said_is_refused():
     ],
 )
 def test_what_would_be_broadcast_is_refused(arguments, message):
-    ours = bmrs.HeadwiseAttention(8, 2, batch_first=True)
+    ours = HeadwiseAttention(8, 2, batch_first=True)
     x = torch.randn(3, 5, 8)
     with pytest.raises(ValueError, match=message):
         ours(**{"query": x, "key": x, "value": x, **arguments})

@@ -10,6 +10,7 @@ from nets import blobs, small_classifier
 from processes import EveryThird
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.svi.callbacks import JSONLines
 
 QUICK = {"epochs": 4, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 
@@ -82,7 +83,7 @@ def test_json_lines(tmp_path):
 
 
 def test_json_lines_survive_a_full_disk(tmp_path):
-    lines = bmrs.JSONLines(tmp_path / "metrics.jsonl")
+    lines = JSONLines(tmp_path / "metrics.jsonl")
     lines.on_start(2, [])
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()  # as good as full

@@ -8,6 +8,8 @@ from nets import NETWORKS, blobs
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.svi.callbacks import JSONLines
+from pyro_bmrs.svi.ensemble import EnsembleMember
 from pyro_bmrs.svi.replicas import Stack
 
 SEEDS = (3, 0, 7)
@@ -54,7 +56,7 @@ def apart(made, seeds, *data, **settings):
     for seed in seeds:
         torch.manual_seed(seed)
         model, guide = made()
-        replicas.append(bmrs.EnsembleMember(seed, model, guide, bmrs.fit(model, guide, *data, seed=seed, **settings)))
+        replicas.append(EnsembleMember(seed, model, guide, bmrs.fit(model, guide, *data, seed=seed, **settings)))
     return replicas
 
 
@@ -183,7 +185,7 @@ def test_callbacks_hear_of_their_own_replica(tmp_path):
             self.events.append("closed")
 
     def callbacks(seed):
-        return [Heard(seed), bmrs.JSONLines(tmp_path / f"{seed}.jsonl")]
+        return [Heard(seed), JSONLines(tmp_path / f"{seed}.jsonl")]
 
     replicas = bmrs.fit_ensemble(make(), problem(), seeds=SEEDS, callbacks=callbacks, **QUICK)
     for replica in replicas:

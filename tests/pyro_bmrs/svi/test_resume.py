@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.svi.callbacks import JSONLines
 from pyro_bmrs.svi.checkpoint import State, read_checkpoint, write_checkpoint
 from pyro_bmrs.svi.fingerprint import fingerprint
 
@@ -282,7 +283,7 @@ class FullDisk(bmrs.Callback):
                 file.write(listener._lines[-1][:10])
             raise OSError(28, "No space left on device")
 
-        self.monkeypatch.setattr(bmrs.JSONLines, "_append", half)
+        self.monkeypatch.setattr(JSONLines, "_append", half)
 
 
 def test_a_full_disk_breaks_no_line_of_the_metrics(tmp_path, monkeypatch):

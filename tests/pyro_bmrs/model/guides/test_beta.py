@@ -1,5 +1,7 @@
 """A family of its own in one file: fitted, pruned, compacted and inspected like the paper's."""
 
+import math
+
 import pytest
 import torch
 from nets import blobs
@@ -33,7 +35,7 @@ def test_fit_prunes_with_the_evidence_of_its_own_spike():
     x, y = blobs(600)
     model, guide = classifier()
     result = bmrs.fit(
-        model, guide, (x[:500], y[:500]), (x[500:], y[500:]), criterion=bmrs.bmrs_n_substantial,
+        model, guide, (x[:500], y[:500]), (x[500:], y[500:]), criterion=bmrs.BMRS_N(prior_log_odds=math.log(3)),
         epochs=40, fine_tune_epochs=20, batch_size=50, lr=1e-2, posterior_lr=0.2, seed=0, progress=False,
     )  # fmt: skip
     small = bmrs.compact(model, guide, result.masks, x[:4])

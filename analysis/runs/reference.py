@@ -1,12 +1,17 @@
-"""How the paper's reference implementation counts the parameters that pruning removes."""
+"""What the paper's reference implementation does otherwise: its log-odds, its weights of the KL, its count."""
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
 
-from pyro_bmrs.model.noise import MultiplicativeNoise
+from pyro_bmrs.checks import check_integer, check_module
+from pyro_bmrs.model.noise import MultiplicativeNoise, noise_layers
 
-__all__ = ["reference_compression"]
+__all__ = ["REFERENCE_LOG_ODDS", "reference_compression", "reference_kl_weights"]
+
+REFERENCE_LOG_ODDS = 0.5 * math.log(2 * math.pi)
+"""The reference leaves the term -log(2 pi) / 2 of eq. 8 out, so that its Delta F is that much too large everywhere."""
 
 _NOTHING = "", nn.Identity()  # before the first layer and behind the last
 
@@ -45,3 +50,20 @@ def _left(width: int, neighbour: tuple[str, nn.Module], kept: Mapping[str, int])
     """Return how many of a layer's outputs or inputs stay, given what is next to them."""
     name, noise = neighbour
     return kept[name] if isinstance(noise, MultiplicativeNoise) and noise.size == width else width
+
+
+def reference_kl_weights(net: nn.Module, num_data: int) -> dict[str, float]:
+    r"""Return the weights of each site's KL that the paper's reference code has, for ``NoisyNetwork(kl_weight=...)``.
+
+    Its loss is the mean cross-entropy plus the mean over layers of the mean KL over a layer's structures. Against the
+    exact ELBO, mean cross-entropy plus the sum of all KL over the number of examples N, a layer of n structures among
+    L layers is weighted :math:`N / (L n)` times.
+
+    Args:
+        net: Network with noise layers.
+        num_data: Number of training examples N.
+    """
+    check_module("net", net)
+    check_integer("num_data", num_data, low=1, what="the number of training examples")
+    layers = noise_layers(net)
+    return {site: num_data / (len(layers) * layer.size) for site, layer in layers.items()}
