@@ -59,14 +59,14 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
     with run_lock(shared_folder):
         trained = fit(folder=shared_folder, criterion=None, epochs=config.epochs, fine_tune_epochs=0)
     scores = _scores(model, guide, config, split)
-    chosen, judge = scores[config.method], criterion(config, split.train)
-    assert judge is not None
+    chosen, decision = scores[config.method], criterion(config, split.train)
+    assert decision is not None
     has_line = config.method.startswith((*_OF_POSTERIORS, "free_form"))
     line = (chosen >= 0).double().mean().item() if has_line else None
     levels = LEVELS if line is None else tuple(sorted({*LEVELS, line}))
     result = fit(
         folder=work_folder(config, execution),
-        criterion=judge,
+        criterion=decision,
         pruning=bmrs.PostTraining(levels=tuple(level for level in levels if level > 0), stop=False),
         epochs=0,
         fine_tune_epochs=0,
@@ -177,9 +177,9 @@ def _scores(
     context = bmrs.PruningContext(model.eval(), guide, bmrs.find_structures(model.net, x[:2]), x, y)
     scores = {}
     for method in dict.fromkeys((*METHODS[1:], config.method)):
-        judge = criterion(replace(config, method=method), split.train)
-        assert judge is not None, method
-        scores[method] = torch.cat([score.detach() for score in judge.scores(context).values()])
+        each = criterion(replace(config, method=method), split.train)
+        assert each is not None, method
+        scores[method] = torch.cat([score.detach() for score in each.scores(context).values()])
     return scores
 
 

@@ -218,7 +218,7 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dic
 
 def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
     """Return our other settings, written out so that an id does not change its meaning when a default does."""
-    judged = method in (*_RANKINGS, "free_form") or _EVIDENCE.fullmatch(method)
+    has_line = method in (*_RANKINGS, "free_form") or _EVIDENCE.fullmatch(method)
     return {
         "epochs": epochs,
         "fine_tune_epochs": fine_tune_epochs,
@@ -227,7 +227,7 @@ def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
         "granularity": "shared",
         "prune_from": epochs // 4 + 1,
         "prune_until": epochs,
-        "prior_log_odds": math.log(3) if judged else 0.0,
+        "prior_log_odds": math.log(3) if has_line else 0.0,
         "p2": None,
         "noise_before_pool": False,
     }

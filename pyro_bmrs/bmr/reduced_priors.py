@@ -46,6 +46,10 @@ def spike(prior: Any, scale: float = 1e-6) -> Distribution:
     Raises:
         ValueError: If ``scale`` is not a positive number.
         NotImplementedError: If no spike is known for this type of prior.
+
+    Example:
+        >>> bmrs.spike(bmrs.LogUniform(-20.0, 0.0)).loc
+        tensor(-20.)
     """
     raise NotImplementedError(
         f"no spike is known for a {type(prior).__name__} prior; register one with @spike.register, or name the "
@@ -87,6 +91,11 @@ def precision_window(prior: Any, p1: float = 8, p2: float | None = 23) -> Distri
         ValueError: If the window is empty or reaches outside the prior's support.
         NotImplementedError: If no window is known for this type of prior; families of your own say what it is with
             ``@precision_window.register``.
+
+    Example:
+        >>> window = bmrs.precision_window(bmrs.LogUniform(-20.0, 0.0), p1=8, p2=None)
+        >>> round(window.log_high.exp().item(), 6)  # 2^-8
+        0.003906
     """
     raise NotImplementedError(
         f"no precision window is known for a {type(prior).__name__} prior, only for LogUniform and TruncatedLogNormal "

@@ -51,6 +51,15 @@ def register_evidence_change(
 
     Raises:
         TypeError: If one of the three is not a subclass of ``torch.distributions.Distribution``.
+
+    Example:
+        >>> from torch.distributions import Gumbel
+        >>> @bmrs.register_evidence_change(Gumbel, Gumbel, Gumbel)
+        ... def _no_change(posterior, prior, reduced_prior):
+        ...     return torch.zeros(posterior.batch_shape)
+        >>> q = Gumbel(0.0, 1.0)
+        >>> bmrs.evidence_change(q, q, q)
+        tensor(0.)
     """
     return _register(_EVIDENCE_CHANGES, (type_q, type_p, type_reduced))
 

@@ -33,6 +33,15 @@ class PruningContext:
         structures: What ``find_structures`` has said of the network, or the noise was attached to.
         x: A batch of training inputs, of shape ``(batch, ...)``, or a tuple or dictionary of such.
         y: Their observations.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(5, 4)
+        >>> context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, x), x, torch.arange(5) % 3)
+        >>> list(context.guide.posterior())
+        ['2.theta']
     """
 
     model: NoisyNetwork
@@ -46,19 +55,32 @@ class PruningContext:
 
 
 class Criterion:
-    """A rule for what to remove."""
+    """A rule for what to remove.
+
+    Example:
+        >>> class SmallMean(bmrs.Criterion):
+        ...     def scores(self, context):
+        ...         return {site: 0.5 - q.mean for site, q in context.guide.posterior().items()}
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(5, 4)
+        >>> context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, x), x, torch.arange(5) % 3)
+        >>> SmallMean().removable(context)["2.theta"].sum()
+        tensor(0)
+    """
 
     def scores(self, context: PruningContext) -> Scores:
         """Return a tensor of shape ``(size,)`` for each site; higher = remove first."""
         raise NotImplementedError
 
-    def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
+    def removable(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return for each site which of the remaining structures the criterion would remove, as bool tensors.
 
         A score that is not finite never removes anything.
 
         Args:
-            context: What to judge.
+            context: What to score.
             scores: The criterion's scores of it, if they are known already.
         """
         scores = self.scores(context) if scores is None else scores

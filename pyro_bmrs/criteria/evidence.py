@@ -37,6 +37,13 @@ class EvidenceCriterion(Criterion):
 
     Raises:
         TypeError, ValueError: If log-odds are no finite numbers, or (when asked) not those of the model's sites.
+
+    Example:
+        >>> class HalfAsWide(bmrs.EvidenceCriterion):
+        ...     def reduced_prior(self, prior):
+        ...         return bmrs.LogUniform(prior.log_low, prior.log_high - 10.0)
+        >>> HalfAsWide(prior_log_odds=1.0).reduced_prior(bmrs.LogUniform(-20.0, 0.0)).log_high
+        tensor(-10.)
     """
 
     prior_log_odds: float | Mapping[str, Tensor | float] = field(default=0.0, kw_only=True)
@@ -108,6 +115,16 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
             :math:`\Delta F` is about -0.04 to -0.7 and never positive by much, so that 0 keeps most of them:
             ``math.log(3)`` removes whatever lacks positive evidence on Kass and Raftery's scale.
             ``0.5 * math.log(2 * math.pi)`` is what the paper's reference code computes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> data = torch.randn(32, 4), torch.arange(32) % 3
+        >>> few = {"epochs": 2, "fine_tune_epochs": 1, "kl_warmup_epochs": 0, "progress": False}
+        >>> result = bmrs.fit(model, guide, data, criterion=bmrs.BMRS_N(prior_log_odds=1.1), **few)
+        >>> result.scores["2.theta"].shape
+        torch.Size([8])
     """
 
     scale: float = 1e-6
@@ -144,6 +161,12 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801  (the paper's name)
         p2: Bits below which nothing is representable. None reaches down to the prior's own bound; the paper's 23 (the
             mantissa of float32) keeps structures that collapsed below it, whose mass counts as outside the window.
         prior_log_odds: As for ``BMRS_N``.
+
+    Example:
+        >>> prior = bmrs.LogUniform(-20.0, 0.0)
+        >>> window = bmrs.BMRS_U(8).reduced_prior(prior)
+        >>> window.log_low, round(window.log_high.item(), 3)
+        (tensor(-20.), -5.545)
     """
 
     p1: float = 8

@@ -46,9 +46,9 @@ class RankingCriterion(Criterion):
         if self.match_by not in get_args(_MatchBy):
             raise ValueError(f"match_by must be one of {get_args(_MatchBy)}, but got {self.match_by!r}")
 
-    def supported(self, context: PruningContext, scores: Scores | None = None) -> Scores:
+    def removable(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return for each site which of the remaining structures go: the highest-scoring, as many as match."""
-        matched = self.match.supported(context)
+        matched = self.match.removable(context)
         flat_keep = torch.cat(list(context.model.masks.values()))
         scores = self.scores(context) if scores is None else scores
         flat = torch.cat(list(scores.values())).masked_fill(~flat_keep, -math.inf)
@@ -79,7 +79,17 @@ def _parameters_without(context: PruningContext, removed: Scores) -> int:
 
 @dataclass(frozen=True)
 class WeightNorm(RankingCriterion):
-    """Rank by the L2 norm of a structure's incoming weights, smallest first."""
+    """Rank by the L2 norm of a structure's incoming weights, smallest first.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(5, 4)
+        >>> context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, x), x, torch.arange(5) % 3)
+        >>> bmrs.WeightNorm(match=bmrs.SNR(1.0)).scores(context)["2.theta"].shape
+        torch.Size([8])
+    """
 
     @torch.no_grad()
     def scores(self, context: PruningContext) -> Scores:
@@ -90,7 +100,17 @@ class WeightNorm(RankingCriterion):
 
 @dataclass(frozen=True)
 class GradientWeightNorm(RankingCriterion):
-    """Rank by the norm of the loss's gradient in a structure's incoming weights times their norm, smallest first."""
+    """Rank by the norm of the loss's gradient in a structure's incoming weights times their norm, smallest first.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(5, 4)
+        >>> context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, x), x, torch.arange(5) % 3)
+        >>> bmrs.GradientWeightNorm(match_by="structures").scores(context)["2.theta"].shape
+        torch.Size([8])
+    """
 
     def scores(self, context: PruningContext) -> Scores:
         model = context.model
@@ -114,6 +134,16 @@ class Random(RankingCriterion):
 
     Args:
         seed: Seed of the ranking.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(5, 4)
+        >>> context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, x), x, torch.arange(5) % 3)
+        >>> first, again = (bmrs.Random(seed=1).scores(context)["2.theta"] for _ in range(2))
+        >>> torch.equal(first, again)
+        True
     """
 
     seed: int = 0

@@ -36,7 +36,17 @@ class _ThresholdCriterion(Criterion):
 
 @dataclass(frozen=True)
 class SNR(_ThresholdCriterion):
-    """Remove where the posterior's mean over standard deviation is at most ``threshold`` (Neklyudov et al., 2017)."""
+    """Remove where the posterior's mean over standard deviation is at most ``threshold`` (Neklyudov et al., 2017).
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> x = torch.randn(5, 4)
+        >>> context = bmrs.PruningContext(model, guide, bmrs.find_structures(net, x), x, torch.arange(5) % 3)
+        >>> bmrs.SNR(1.0).removable(context)["2.theta"].any()
+        tensor(False)
+    """
 
     threshold: float = 1.0
 
@@ -46,7 +56,12 @@ class SNR(_ThresholdCriterion):
 
 @dataclass(frozen=True)
 class PosteriorMean(_ThresholdCriterion):
-    """Remove where the posterior mean of the noise is at most ``threshold``."""
+    """Remove where the posterior mean of the noise is at most ``threshold``.
+
+    Example:
+        >>> bmrs.PosteriorMean(0.1)
+        PosteriorMean(threshold=0.1)
+    """
 
     threshold: float = 0.1
 

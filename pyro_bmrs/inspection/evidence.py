@@ -27,6 +27,13 @@ def evidence_changes(guide: Any, reduced_prior: Callable[[Any], Distribution] = 
     Args:
         guide: The fitted guide, if it knows its model; of any other ``noise_posterior(model, guide, ...)``.
         reduced_prior: From a site's prior to the prior that would remove its structures; ``spike`` is BMRS_N's.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> bmrs.evidence_changes(guide)["2.theta"].shape
+        torch.Size([8])
     """
     check_function("reduced_prior", reduced_prior, "of a prior, as spike is")
     guide = known_posterior(guide)

@@ -83,6 +83,13 @@ def to_arviz(
 
     References:
         Yes, but Did It Work? Evaluating Variational Inference (Yao et al., 2018) https://arxiv.org/abs/1802.02538
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> bmrs.to_arviz(model, guide, draws=50).posterior["2.log_theta"].shape
+        (1, 50, 8)
     """
     from pyro_bmrs._arviz import from_dict, pareto_k  # noqa: PLC0415  (ArviZ takes as long to import as torch)
 

@@ -52,6 +52,14 @@ def plot_ridge(guide: Any, site: str | None = None, ax: Axes | None = None) -> A
     Raises:
         TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
         ValueError: If there is no such site, or noise may be negative.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> ax = bmrs.plot_ridge(guide, "2.theta")
+        >>> ax.get_xlabel() != ""
+        True
     """
     guide = known_posterior(guide)
     site = _known_site(site, guide.sizes)
@@ -124,6 +132,14 @@ def plot_network(
         TypeError: If ``delta_f`` or ``masks`` does not map sites to tensors, ``free_form`` is something else, or ``ax``
             is no axes.
         ValueError: If ``masks`` or ``free_form`` is not for the same sites and sizes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> ax = bmrs.plot_network(bmrs.evidence_changes(guide), model.masks)
+        >>> len(ax.collections) > 0
+        True
     """
     values = by_site("delta_f", delta_f)
     kept = {site: torch.ones_like(each, dtype=torch.bool) for site, each in values.items()}
@@ -176,6 +192,16 @@ def plot_trajectories(
     Raises:
         TypeError: If ``trajectories`` is something else, or ``ax`` no axes.
         ValueError: If nothing has been noted, or there is no such site or quantity.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> seen = bmrs.Trajectories(guide)
+        >>> few = {"epochs": 3, "fine_tune_epochs": 1, "criterion": None, "progress": False}
+        >>> _ = bmrs.fit(model, guide, (torch.randn(64, 4), torch.arange(64) % 3), callbacks=[seen], **few)
+        >>> len(bmrs.plot_trajectories(seen, quantity="loc").lines) >= 8
+        True
     """
     if not isinstance(trajectories, Trajectories):
         raise TypeError(f"trajectories must be a Trajectories, but got {described(trajectories)}")

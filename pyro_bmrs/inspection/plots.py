@@ -61,6 +61,13 @@ def plot_reduction(
         TypeError: If one of the three is no distribution, ``free_form`` is something else, or ``ax`` no axes.
         ValueError: If they are of more than one structure.
         NotImplementedError: If the prior is not on an interval of positive numbers, as a log-uniform one is.
+
+    Example:
+        >>> prior = bmrs.LogUniform(-20.0, 0.0)
+        >>> q = bmrs.TruncatedLogNormal(torch.tensor(-1.0), torch.tensor(0.5))
+        >>> ax = bmrs.plot_reduction(q, prior, bmrs.spike(prior))
+        >>> len(ax.lines) > 2
+        True
     """
     shape = check_distributions(posterior, prior, reduced_prior)
     if shape.numel() != 1:
@@ -141,6 +148,12 @@ def plot_forest(guide: Any, mass: float = 0.94, ax: Axes | None = None) -> Axes:
     Raises:
         TypeError: If ``guide`` has no posterior by site, or ``ax`` is no axes.
         ValueError: If ``mass`` is not inside (0, 1), or noise may be negative.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> bmrs.plot_forest(guide).figure.savefig("forest.png")  # doctest: +SKIP
     """
     guide = known_posterior(guide)
     if not 0 < check_number("mass", mass) < 1:
@@ -188,6 +201,13 @@ def plot_forests(guides: Mapping[str, Any], mass: float = 0.94, axes: Sequence[A
     Raises:
         TypeError: If ``guides`` is no mapping of guides, or ``axes`` are none.
         ValueError: If there are no guides, or not as many axes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> len(bmrs.plot_forests({"first": guide, "second": guide}))
+        2
     """
     if not isinstance(guides, Mapping):
         raise TypeError(f"guides must map names to guides, but got {described(guides)}")
@@ -229,6 +249,14 @@ def plot_evidence(
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If sites or shapes differ.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> ax = bmrs.plot_evidence(bmrs.evidence_changes(guide), model.masks)
+        >>> ax.get_ylabel() != ""
+        True
     """
     delta_f = by_site("delta_f", delta_f)
     check_number("prior_log_odds", prior_log_odds, positive=False)
@@ -292,6 +320,15 @@ def plot_evidence_snr(
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If sites or shapes differ.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> snr = {site: q.snr for site, q in guide.posterior().items()}
+        >>> ax = bmrs.plot_evidence_snr(bmrs.evidence_changes(guide), snr)
+        >>> ax.get_xlabel() != ""
+        True
     """
     delta_f = by_site("delta_f", delta_f)
     snr = by_site("snr", snr, like=delta_f)
@@ -334,6 +371,11 @@ def plot_history(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, d
     Raises:
         TypeError: If it is no sequence of records.
         ValueError: If the history is empty.
+
+    Example:
+        >>> history = [{"epoch": i, "phase": "noisy", "compression": 0.1 * i} for i in range(4)]
+        >>> len(bmrs.plot_history(history).lines) > 0
+        True
     """
     if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history):
         hint = "; pass its .history" if hasattr(history, "history") else ""

@@ -19,6 +19,15 @@ def plot_reliability(scores: PredictiveScores, ax: Axes | None = None) -> Axes:
     Raises:
         TypeError: If ``scores`` is something else, or ``ax`` no axes.
         ValueError: If the observations are not labels.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> data = torch.randn(32, 4), torch.arange(32) % 3
+        >>> ax = bmrs.plot_reliability(bmrs.evaluate(model, guide, data).at_mean)
+        >>> ax.get_ylabel() != ""
+        True
     """
     if not isinstance(scores, PredictiveScores):
         raise TypeError(f"scores must be those of evaluate, .at_mean or .over_draws, but got {described(scores)}")

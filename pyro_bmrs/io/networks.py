@@ -44,6 +44,15 @@ def save(net: nn.Module, path: PathLike) -> None:
         TypeError: If ``net`` is no module.
         ValueError: If it has something that could not be loaded again; names it, and says what to do.
         OSError: If the files cannot be written; those of before are left then.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bmrs.save(net, f"{folder}/small")
+        ...     again = bmrs.load(f"{folder}/small")
+        >>> torch.equal(again[0].weight, net[0].weight)
+        True
     """
     check_module("net", net)
     _check_savable(net)
@@ -78,6 +87,13 @@ def load(path: PathLike, module: nn.Module | None = None) -> nn.Module:
         TypeError: If ``module`` is no module.
         ValueError: If a file is damaged or was not written by ``save``, the two do not belong together, or they do not
             fit ``module``, which is left as it was. No code in them is run.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bmrs.save(nn.Linear(4, 8), f"{folder}/small")
+        ...     bmrs.load(f"{folder}/small")
+        Linear(in_features=4, out_features=8, bias=True)
     """
     if not (module is None or isinstance(module, nn.Module)):
         raise TypeError(f"module must be an instance of the class that was saved, but got {described(module)}")

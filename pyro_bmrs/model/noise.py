@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -81,7 +81,7 @@ class MultiplicativeNoise(NoisePoint):
         for name in self._prior_names:
             self.register_buffer(f"prior_{name}", torch.as_tensor(getattr(prior, name)).detach().clone())
         _check_rebuilt(prior, self._rebuilt_prior)
-        self._declared: tuple[Tensor, int, TorchDistribution, bool] | None = None
+        self._declared: _Declaration | None = None
         self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
         self._waiting: list[weakref.ref[_Gradient]] = []
         self._held: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
@@ -123,7 +123,6 @@ class MultiplicativeNoise(NoisePoint):
         self.keep.logical_and_(~removed.to(self.keep.device))
 
     def after_loading(self) -> None:
-        self._declared = None
         self.forget()
 
     def silence(self) -> None:
@@ -135,7 +134,6 @@ class MultiplicativeNoise(NoisePoint):
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dim() > 0:
                 setattr(self, name, buffer[kept.to(buffer.device)])
-        self._declared = None
 
     def site_distribution(self, distribution: TorchDistribution) -> TorchDistribution:
         """Return ``distribution`` over the structures as a site declares it: removed ones count for nothing."""
@@ -267,14 +265,14 @@ class MultiplicativeNoise(NoisePoint):
         return theta * self.keep if self._declaration()[1] else theta
 
     def _declaration(self) -> tuple[TorchDistribution, bool]:
-        """Return the site's distribution, and whether its noise has to be masked; anew only after ``keep`` changes."""
-        version = self.keep._version
-        if self._declared is not None and self._declared[0] is self.keep and self._declared[1] == version:
-            return self._declared[2:]
-        declaration = self.site_distribution(self.prior), self._masks()
+        """Return the site's distribution, and whether its noise has to be masked; anew only after a buffer changes."""
+        known, buffers = self._declared, [each for each in self._buffers.values() if each is not None]
+        if known is not None and known.is_of(buffers):
+            return known.distribution, known.masks
+        distribution, masks = self.site_distribution(self.prior), self._masks()
         if can_branch_on(self.keep, on_device=True):
-            self._declared = self.keep, version, *declaration
-        return declaration
+            self._declared = _Declaration(buffers, [each._version for each in buffers], distribution, masks)
+        return distribution, masks
 
     def _masks(self) -> bool:
         """Return whether anything has been removed; always where it might be, and Python cannot see."""
@@ -294,16 +292,24 @@ class MultiplicativeNoise(NoisePoint):
             "_watchers": [],
         }  # a copy counts the versions of its tensors anew
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "MultiplicativeNoise":
-        self._declared = None  # its tensors are about to move
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._declared = None
-        super()._load_from_state_dict(*args, **kwargs)
-
     def extra_repr(self) -> str:
         return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
+
+
+class _Declaration(NamedTuple):
+    """What a site declares, as long as no buffer is replaced or changed in place."""
+
+    buffers: list[Tensor]
+    versions: list[int]
+    distribution: TorchDistribution
+    masks: bool
+
+    def is_of(self, buffers: list[Tensor]) -> bool:
+        """Return whether these are the buffers that it was made of, unchanged."""
+        return all(
+            now is then and now._version == version
+            for now, then, version in zip(buffers, self.buffers, self.versions, strict=True)
+        )
 
 
 def check_not_vectorized() -> None:

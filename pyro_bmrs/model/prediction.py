@@ -48,6 +48,13 @@ def predict(
         TypeError: If an argument is of another type.
         ValueError: If the guide is another model's, a mask names no site or has the wrong shape or dtype, or the
             network cannot take ``x``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> bmrs.predict(model, guide, torch.randn(5, 4)).shape
+        torch.Size([5, 3])
     """
     check_model(model)
     check_integer("batch_size", batch_size, low=1)

@@ -94,7 +94,7 @@ def compare(networks: Sequence[nn.Module], likelihood: Likelihood, example: Inpu
         networks: The one before and the one after.
         likelihood: From their outputs to the distribution of the observations.
         example: Inputs to time them on.
-        source: Examples to judge them by.
+        source: Examples to compare them on.
     """
     before, after = networks
     one = first_examples(example, 1)

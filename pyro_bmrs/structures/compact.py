@@ -55,6 +55,18 @@ def compact(
         ValueError: If the guide is another model's, or a mask does not fit.
         NotImplementedError: If the network draws another latent site in its forward pass.
         RuntimeError: If the smaller network's outputs differ from the masked one's, in float64 on random inputs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> masks = {"2.theta": torch.arange(8) < 5}
+        >>> x = torch.randn(5, 4)
+        >>> small = bmrs.compact(model, guide, masks, x)
+        >>> small[0].out_features
+        5
+        >>> torch.allclose(small(x), bmrs.predict(model, guide, x, masks), atol=1e-6)
+        True
     """
     guide = noise_posterior(model, guide, example_input)
     if structures is not None:

@@ -51,6 +51,12 @@ def count_parameters(
 
     Raises:
         TypeError, ValueError: If a mask does not fit.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> structures = bmrs.find_structures(net, torch.randn(2, 4))
+        >>> bmrs.count_parameters(net), bmrs.count_parameters(net, structures, {"0.theta": torch.arange(8) < 5})
+        (67, 43)
     """
     check_module("net", net)
     check_flag("rows_only", rows_only)
@@ -79,6 +85,10 @@ def count_flops(
 
     Raises:
         ValueError: If a mask does not fit.
+
+    Example:
+        >>> bmrs.count_flops(nn.Linear(4, 8), torch.randn(1, 4))
+        64
     """
     check_module("net", net)
     plain = with_fixed_weights(plain_copy(net)).requires_grad_(False).eval()
@@ -108,6 +118,11 @@ def cost_log_odds(
 
     Raises:
         ValueError: If ``cost`` is neither, or ``mean`` not a finite number.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> bmrs.cost_log_odds(net, torch.randn(2, 4), mean=1.0)["2.theta"].mean()
+        tensor(1.)
     """
     _check(net, mean, cost)
     costs = _costs(net, example_input, cost, None)
@@ -143,6 +158,13 @@ def cost_kl_weights(
     Raises:
         ValueError: If ``cost`` is neither, ``mean`` not a finite number, or ``masks`` are not of the network's sites or
             keep nothing of one.
+
+    Example:
+        >>> layers = [nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2)]
+        >>> layers += [nn.Tanh(), bmrs.MultiplicativeNoise(2), nn.Linear(2, 3)]
+        >>> weights = bmrs.cost_kl_weights(nn.Sequential(*layers), torch.randn(2, 4), mean=1.0)
+        >>> weights["5.theta"] > weights["2.theta"]  # a unit with 8 inputs costs more than one with 4
+        True
     """
     _check(net, mean, cost)
     costs = _costs(net, example_input, cost, masks)
@@ -195,6 +217,11 @@ def measure_latency(nets: Sequence[nn.Module], example_input: Inputs, rounds: in
     Raises:
         TypeError: If ``nets`` are no modules, or ``rounds`` is no integer.
         ValueError: If ``rounds`` is not positive, or a network does not run on the example.
+
+    Example:
+        >>> net = nn.Linear(4, 8)
+        >>> len(bmrs.measure_latency([net, net], torch.randn(1, 4), rounds=3))
+        2
     """
     check_integer("rounds", rounds, low=1, high=10**6)
     if not isinstance(nets, Sequence):

@@ -28,6 +28,19 @@ class Callback:
     """Base class of what a fit calls; override what you need.
 
     In a fit of several processes only the first one calls them.
+
+    Example:
+        >>> class Report(bmrs.Callback):
+        ...     def on_epoch_end(self, record):
+        ...         print(record["epoch"], record["phase"])
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> data = torch.randn(32, 4), torch.arange(32) % 3
+        >>> few = {"epochs": 1, "fine_tune_epochs": 1, "criterion": None, "progress": False}
+        >>> _ = bmrs.fit(model, guide, data, callbacks=[Report()], **few)
+        1 noisy
+        2 fine-tune
     """
 
     def on_start(self, epochs: int, history: list[Record]) -> None:

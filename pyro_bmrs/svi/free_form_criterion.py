@@ -44,6 +44,16 @@ class FreeFormCriterion(EvidenceCriterion):
     Raises:
         TypeError: If ``data`` is None, or a number of another type.
         ValueError: If a number is less than 1, or ``stages`` are to be judged by ``TrainingGradients``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> data = torch.randn(32, 4), torch.arange(32) % 3
+        >>> few = {"epochs": 2, "fine_tune_epochs": 1, "kl_warmup_epochs": 0, "progress": False}
+        >>> result = bmrs.fit(model, guide, data, criterion=bmrs.FreeFormCriterion(data), **few)
+        >>> result.scores["2.theta"].shape
+        torch.Size([8])
     """
 
     data: Any = field(repr=False)

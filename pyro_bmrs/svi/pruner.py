@@ -41,7 +41,7 @@ class Pruner:
         structures: What is known of the network's structures, if anything.
 
     Attributes:
-        scores: For each site the score of each structure when it was last judged, of shape ``(original_size,)``.
+        scores: For each site the score of each structure when it was last evaluated, of shape ``(original_size,)``.
         structures: What is known of the network's structures.
         example: Inputs of two examples.
     """
@@ -82,23 +82,23 @@ class Pruner:
             with local_seed(devices=[self.guide.device]), evaluating(self.model):
                 self._scores(copy.deepcopy(self.criterion))  # which may count how often it is asked
 
-    def remove_supported(self) -> dict[str, int]:
+    def remove_by_criterion(self) -> dict[str, int]:
         """Remove what the criterion supports removing, and return how many that were for each site."""
         if self.criterion is None:
             return dict.fromkeys(self.model.noise, 0)
-        supported, _ = self._judge(self.criterion)
-        return self._remove(supported)
+        removable, _ = self._evaluate(self.criterion)
+        return self._remove(removable)
 
-    def supported_masks(self) -> dict[str, Tensor]:
+    def masks_without_removable(self) -> dict[str, Tensor]:
         """Return what would remain if all that the criterion supports removing now were removed."""
         assert self.criterion is not None
-        supported, _ = self._judge(self.criterion)
+        removable, _ = self._evaluate(self.criterion)
         masks = self.masks
         for site, layer in self.model.noise.items():
-            masks[site] = masks[site] & ~layer.in_original(supported[site], False)
+            masks[site] = masks[site] & ~layer.in_original(removable[site], False)
         return masks
 
-    def remove_within(self, cost_removed: CostRemoved, target: float, supported_only: bool) -> dict[str, int]:
+    def remove_within(self, cost_removed: CostRemoved, target: float, removable_only: bool) -> dict[str, int]:
         """Remove structures by score, as long as no more than ``target`` of the cost is removed; return how many.
 
         The last structure of a site is never removed.
@@ -106,15 +106,15 @@ class Pruner:
         Args:
             cost_removed: From masks to the fraction of the cost that they remove.
             target: Fraction that may be removed.
-            supported_only: Whether to remove only what the criterion supports; otherwise whatever it takes to come as
+            removable_only: Whether to remove only what the criterion supports; otherwise whatever it takes to come as
                 close to the target as possible, from either side.
         """
         assert self.criterion is not None
-        supported, scores = self._judge(self.criterion)
+        removable, scores = self._evaluate(self.criterion)
         flat = torch.cat([self._spared(site, scores[site]) for site in self.guide.sizes])
         candidates = flat > -math.inf
-        if supported_only:
-            candidates &= torch.cat([supported[site] for site in self.guide.sizes])
+        if removable_only:
+            candidates &= torch.cat([removable[site] for site in self.guide.sizes])
         order = flat.argsort(descending=True, stable=True)
         order = order[candidates[order]]
 
@@ -134,7 +134,7 @@ class Pruner:
 
         # the largest number of structures whose cost is within the target
         count = bisect_right(range(1, len(order) + 1), target, key=fraction)
-        if not supported_only:  # the smallest that is close enough to it, or the closer one of the two around it
+        if not removable_only:  # the smallest that is close enough to it, or the closer one of the two around it
             fewest = bisect_left(range(len(order)), target - _CLOSE_ENOUGH, key=fraction)
             if fewest <= count:
                 count = fewest
@@ -150,12 +150,12 @@ class Pruner:
         """
         if self.criterion is None:
             return
-        by_site, scores = self._judge(self.criterion)
-        supported = torch.cat(list(by_site.values()))
+        by_site, scores = self._evaluate(self.criterion)
+        removable = torch.cat(list(by_site.values()))
         flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
         by_score = flat.argsort(descending=True)
-        self._order = by_score[supported[by_score].argsort(descending=True, stable=True)]
-        self._limit = int(supported.sum()) if stop else len(flat)
+        self._order = by_score[removable[by_score].argsort(descending=True, stable=True)]
+        self._limit = int(removable.sum()) if stop else len(flat)
 
     def remove_to(self, level: float) -> dict[str, int]:
         """Remove the first structures of the order, up to a fraction ``level`` of all, and return how many are new."""
@@ -226,12 +226,12 @@ class Pruner:
         }
         self._order, self._limit = state.tensors["order"].to(device), state.info["limit"]
 
-    def _judge(self, criterion: Criterion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _evaluate(self, criterion: Criterion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return which structures the criterion would remove, and its scores, which are noted."""
         self.model.eval()
         scores = self._scores(criterion)
         self._note(scores)
-        return criterion.supported(self._context(), scores), scores
+        return criterion.removable(self._context(), scores), scores
 
     def _spared(self, site: str, score: Tensor) -> Tensor:
         """Return the scores of a site, minus infinity where nothing may be removed: removed, unknown, or last."""
@@ -254,8 +254,8 @@ class Pruner:
             layer = self.model.noise[site]
             known = self.scores.setdefault(site, score.new_full((layer.original_size,), math.nan))
             positions = layer.index.to(score.device)
-            judged = layer.keep.to(score.device) | known[positions].isnan()
-            known[positions] = torch.where(judged, score, known[positions])
+            evaluated = layer.keep.to(score.device) | known[positions].isnan()
+            known[positions] = torch.where(evaluated, score, known[positions])
 
     def _remove(self, removed: Mapping[str, Tensor]) -> dict[str, int]:
         newly = torch.cat([removed[site] for site in self.guide.sizes]) & self.guide.keep

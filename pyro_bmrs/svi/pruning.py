@@ -79,6 +79,10 @@ class Continuous(Pruning):
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an epoch is not positive, or ``stop`` comes before ``start``.
+
+    Example:
+        >>> bmrs.Continuous(start=4, every=2).is_due(6)
+        True
     """
 
     start: int | None = None
@@ -104,7 +108,7 @@ class Continuous(Pruning):
         return self.shrink
 
     def after_epoch(self, pruner: Pruner, epoch: int, rates: Rates) -> dict[str, int] | None:
-        return pruner.remove_supported() if self.is_due(epoch, rates.kl_warmup_epochs) else None
+        return pruner.remove_by_criterion() if self.is_due(epoch, rates.kl_warmup_epochs) else None
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,10 @@ class PostTraining(Pruning):
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If ``levels`` do not increase within (0, 1], or ``epochs_per_level`` is not positive.
+
+    Example:
+        >>> [each.level for each in bmrs.PostTraining(levels=(0.5, 0.9)).phases(noisy_epochs=1, fine_tune_epochs=1)]
+        [None, 0.5, 0.9, None]
     """
 
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -154,7 +162,7 @@ class ToSize(Pruning):
 
     The weight of the KL is multiplied every now and then by more or less than 1, as the size that the criterion
     supports is too large or too small: a Lagrange multiplier on the expected cost. It begins small, so that there is no
-    warm-up. What is supported is removed, never beyond the size; what is then still missing goes by score. The last
+    warm-up. What is removable is removed, never beyond the size; what is then still missing goes by score. The last
     structure of a site stays.
 
     Args:
@@ -164,6 +172,14 @@ class ToSize(Pruning):
     Raises:
         TypeError: If ``remove`` is no number.
         ValueError: If ``remove`` is not inside (0, 1), or ``cost`` neither.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.randn(64, 4)
+        >>> data = (x, (x[:, 0] > 0).long())
+        >>> pruned = bmrs.prune(net, data, data, pruning=bmrs.ToSize(0.5), epochs=60, seed=0, progress=False)
+        >>> 0.4 < bmrs.count_parameters(pruned.network) / bmrs.count_parameters(net) < 0.6
+        True
     """
 
     remove: float

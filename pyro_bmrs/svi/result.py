@@ -22,8 +22,8 @@ class FitResult:
     Attributes:
         masks: For each site a bool tensor of shape ``(size,)``, True = kept, in the numbering of the network that was
             given to ``fit``. Where the fit has shrunk it, ``compact(model, guide, None, ...)`` takes the model's own.
-        scores: For each site the criterion's score of each structure when it was last judged, of shape ``(size,)``;
-            removed where >= 0. Empty if nothing was judged.
+        scores: For each site the criterion's score of each structure when it was last evaluated, of shape ``(size,)``;
+            removed where >= 0. Empty if the criterion was never asked.
         history: One record per epoch: ``epoch``, ``phase``, ``loss`` (nats per example), ``kl`` (nats), ``kl_weight``,
             ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
             ``log_likelihood_validation`` (nats per example); for labels ``accuracy_validation``, and for one label an
@@ -32,6 +32,18 @@ class FitResult:
         seconds: Wall time of the whole fit, all sessions of a resumed one together.
         diagnostics: How the posterior stood in the end: which structures have not moved, which had not converged,
             and how much of each is still the prior. ``print`` gives three lines.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> data = torch.randn(32, 4), torch.arange(32) % 3
+        >>> few = {"epochs": 1, "fine_tune_epochs": 1, "criterion": None, "progress": False}
+        >>> result = bmrs.fit(model, guide, data, data, **few)
+        >>> sorted(result.history[-1])[:4]
+        ['accuracy_validation', 'compression', 'epoch', 'kl']
+        >>> result.masks["2.theta"].sum()
+        tensor(8)
     """
 
     masks: dict[str, Tensor]

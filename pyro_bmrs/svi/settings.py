@@ -63,6 +63,14 @@ class FitSettings(TypedDict, total=False):
         unremovable: What to do with sites whose structures cannot be removed later: ``"refuse"`` them before training,
             the default, or ``"mask"`` them only.
         progress: Whether to show a progress bar, as by default; of an ensemble with means over the replicas.
+
+    Example:
+        >>> quick: bmrs.FitSettings = {"epochs": 2, "fine_tune_epochs": 1, "criterion": None, "progress": False}
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+        >>> model = bmrs.NoisyNetwork(net)
+        >>> guide = bmrs.TruncatedLogNormalGuide(model)
+        >>> len(bmrs.fit(model, guide, (torch.randn(32, 4), torch.arange(32) % 3), **quick).history)
+        3
     """
 
     criterion: Criterion | None

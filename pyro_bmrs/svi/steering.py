@@ -16,7 +16,7 @@ _TURNS = 60  # of a fit
 _GAIN = 0.2  # nats of the multiplier's logarithm, a turn, for each nat that the size's logarithm is off
 _LARGEST_STEP = 0.4  # nats per turn
 _FIRST_REMOVAL = 1 / 3  # of the steps: by then the multiplier has settled
-_REMOVAL_AT_ALL_COSTS = 0.7  # of the steps: from here on by score, if the size that is supported is still too small
+_REMOVAL_AT_ALL_COSTS = 0.7  # of the steps: from here on by score, if the size that is removable is still too small
 _CLOSE = 0.05  # nats of the size's logarithm
 _NEARLY_THERE = 0.14  # nats of the size's logarithm that one more structure may be too many for
 _LARGEST = 1e6
@@ -24,7 +24,7 @@ _SMALLEST_SIZE = 1e-4
 
 
 class Steering:
-    """Says how to change the weight of the KL, and removes what is supported under it.
+    """Says how to change the weight of the KL, and removes what is removable under it.
 
     The multiplier of the weight grows while the network that the criterion would leave is too large, and falls while it
     is too small, in proportion to the logarithm of the ratio. It must change slowly: posteriors follow it within some
@@ -60,10 +60,10 @@ class Steering:
 
     def turn(self, step: int, multiplier: float) -> tuple[dict[str, int], float]:
         """Remove what is due after ``step`` steps; return how many structures those were and the next multiplier."""
-        off = self._off(self.pruner.supported_masks())
+        off = self._off(self.pruner.masks_without_removable())
         removed: dict[str, int] = {}
         if step >= _FIRST_REMOVAL * self.steps and (off > -_CLOSE or step > _REMOVAL_AT_ALL_COSTS * self.steps):
-            removed = self.pruner.remove_within(self.cost_removed, self.remove, supported_only=True)
+            removed = self.pruner.remove_within(self.cost_removed, self.remove, removable_only=True)
         if off > 0 and self._off(self.pruner.masks) < _NEARLY_THERE:
             return removed, multiplier
         bound, step_size = math.log(_LARGEST), min(_GAIN * off, _LARGEST_STEP)
@@ -71,7 +71,7 @@ class Steering:
 
     def complete(self) -> dict[str, int]:
         """Remove what the size still lacks, by score, and return how many structures those were."""
-        return self.pruner.remove_within(self.cost_removed, self.remove, supported_only=False)
+        return self.pruner.remove_within(self.cost_removed, self.remove, removable_only=False)
 
     def cost_removed(self, masks: Mapping[str, Tensor]) -> float:
         """Return the fraction of the cost that masks remove."""

@@ -45,14 +45,14 @@ def test_scores_are_finite_and_one_a_structure(criterion, context):
 def test_what_has_been_removed_is_not_supported_again(criterion, context):
     for site, layer in context.model.noise.items():
         layer.remove(torch.arange(context.model.sizes[site]) < 3)
-    assert not any(bool(removed[:3].any()) for removed in criterion.supported(context).values())
+    assert not any(bool(removed[:3].any()) for removed in criterion.removable(context).values())
 
 
 @pytest.mark.parametrize(
     "criterion", [bmrs.BMRS_N(prior_log_odds=math.log(3)), bmrs.SNR(1.0), bmrs.PosteriorMean(0.1)], ids=repr
 )
 def test_posteriors_like_the_prior_go_and_firm_ones_stay(criterion, context):
-    flat = torch.cat(list(criterion.supported(context).values()))
+    flat = torch.cat(list(criterion.removable(context).values()))
     assert flat.tolist() == (torch.arange(len(flat)) % 2 == 0).tolist()
 
 
@@ -70,8 +70,8 @@ def test_a_closed_window_keeps_what_collapsed_below_it(context):
     with torch.no_grad():
         context.guide.loc.fill_(-19.0)
         context.guide.log_scale.fill_(-2.0)
-    assert not any(bool(removed.any()) for removed in bmrs.BMRS_U(8, 23).supported(context).values())
-    assert all(bool(removed.all()) for removed in bmrs.BMRS_U(8).supported(context).values())
+    assert not any(bool(removed.any()) for removed in bmrs.BMRS_U(8, 23).removable(context).values())
+    assert all(bool(removed.all()) for removed in bmrs.BMRS_U(8).removable(context).values())
 
 
 def test_a_score_that_is_no_number_removes_nothing(context):
@@ -79,7 +79,7 @@ def test_a_score_that_is_no_number_removes_nothing(context):
         def scores(self, context):
             return {site: torch.full((size,), math.nan) for site, size in context.model.sizes.items()}
 
-    assert not any(bool(removed.any()) for removed in Broken().supported(context).values())
+    assert not any(bool(removed.any()) for removed in Broken().removable(context).values())
 
 
 @pytest.mark.parametrize("kind", [bmrs.WeightNorm, bmrs.GradientWeightNorm, bmrs.Random])
@@ -87,7 +87,7 @@ def test_rankings_match_the_compression_of_another_criterion(kind, context):
     match = bmrs.BMRS_N(prior_log_odds=math.log(3))
 
     def parameters(criterion):
-        masks = {site: ~removed for site, removed in criterion.supported(context).items()}
+        masks = {site: ~removed for site, removed in criterion.removable(context).items()}
         return bmrs.count_parameters(context.model.net, context.structures, masks)
 
     dense = bmrs.count_parameters(context.model.net)
@@ -100,10 +100,10 @@ def test_rankings_match_the_compression_of_another_criterion(kind, context):
 def test_rankings_can_match_the_number_of_structures(kind, context):
     match = bmrs.BMRS_N(prior_log_odds=math.log(3))
     ranking = kind(match, match_by="structures")
-    removed = torch.cat(list(ranking.supported(context).values()))
+    removed = torch.cat(list(ranking.removable(context).values()))
     scores = torch.cat(list(ranking.scores(context).values()))
     keep = torch.cat(list(context.model.masks.values()))
-    expected = sum(int(each.sum()) for each in match.supported(context).values())
+    expected = sum(int(each.sum()) for each in match.removable(context).values())
     assert 0 < expected == int(removed.sum()) < int(keep.sum())
     assert not bool((removed & ~keep).any())
     assert scores[removed].min() >= scores[keep & ~removed].max()

@@ -683,9 +683,9 @@ def test_criteria(name, criterion):
     scores = criterion.scores(context)
     assert {site: tuple(score.shape) for site, score in scores.items()} == {s: (n,) for s, n in model.sizes.items()}
     assert all(score.isfinite().all() for score in scores.values())
-    supported = criterion.supported(context, scores)
+    removable = criterion.removable(context, scores)
     for site, layer in model.noise.items():
-        layer.remove(supported[site])
+        layer.remove(removable[site])
     bmrs.fit(model, guide, (x, y), criterion=criterion, **QUICK, precision="64-true")
 
 

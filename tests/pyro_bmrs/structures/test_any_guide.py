@@ -109,10 +109,10 @@ def test_an_autoguide_is_taken_by_everything_that_looks(kind):
     assert data.posterior["2.theta"].shape == (1, 30, 6)
     assert math.isfinite(float(data.sample_stats["log_q"].sum())) or kind is AutoDelta
     context = bmrs.PruningContext(model, guide, bmrs.find_structures(model.net, X[:2]), X, Y)
-    assert {site: each.shape for site, each in bmrs.PosteriorMean(0.5).supported(context).items()} == {
+    assert {site: each.shape for site, each in bmrs.PosteriorMean(0.5).removable(context).items()} == {
         site: (n,) for site, n in SITES.items()
     }
-    assert bmrs.WeightNorm(bmrs.SNR(1.0)).supported(context).keys() == SITES.keys()
+    assert bmrs.WeightNorm(bmrs.SNR(1.0)).removable(context).keys() == SITES.keys()
     if kind is AutoDelta:
         with pytest.raises(NotImplementedError, match="is a point mass"):
             bmrs.evidence_changes(guide)
