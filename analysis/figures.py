@@ -3,10 +3,9 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,11 +20,11 @@ from numpy.typing import NDArray
 from analysis.drawing.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
 from analysis.drawing.tradeoff import of_summary, panels, seed_groups, summarise, summary, tradeoff
 from analysis.runs.recipes import make_config
+from analysis.runs.store import RunResult, read_results
 
 __all__ = [
     "Figures",
     "draw",
-    "load_results",
     "main",
     "of_current_prior",
     "post_training",
@@ -33,7 +32,7 @@ __all__ = [
     "rank_heatmaps",
 ]
 
-Results = Sequence[Mapping[str, Any]]
+Results = Sequence[RunResult]
 _RESULTS = Path(__file__).parent / "results" / "study"
 _SWEEP = "#4D4D4D"
 _BITS = re.compile(r"BMRS_U-(\d+)")
@@ -50,39 +49,12 @@ class Figures:
 
 def main(config: Figures) -> list[Path]:
     """Draw what there are results for and return the paths."""
-    paths = draw(load_results(config.results), config.output)
+    results = read_results(config.results)
+    if not results:
+        raise FileNotFoundError(f"there are no results of runs in {config.results}: run analysis.study first")
+    paths = draw(results, config.output)
     print("\n".join(map(str, paths)))
     return paths
-
-
-def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results of all runs in a folder and those below, in the order of their paths.
-
-    A run is a JSON file with ``compression``, ``accuracy_test`` and a ``config`` of data set, network, method and seed.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If a file is not JSON.
-    """
-    found = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no result of a run ({error}); delete it and run it again") from None
-        if _is_result(content):
-            found.append(content)
-    if not found:
-        raise FileNotFoundError(f"there are no results of runs in {folder}: run analysis.study first")
-    return found
-
-
-def _is_result(content: Any) -> bool:
-    if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
-        return False
-    return {"compression", "accuracy_test"} <= set(content) and {"dataset", "network", "method", "seed"} <= set(
-        content["config"]
-    )
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -114,7 +86,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def of_current_prior(results: Results) -> Results:
     """Return the results without those of our recipe with another prior than it has now, where both have been run."""
 
-    def kind(result: Mapping[str, Any]) -> tuple[str, str, float]:
+    def kind(result: RunResult) -> tuple[str, str, float]:
         config = result["config"]
         return config["dataset"], config["network"], config.get("log_high", 0.0)
 
@@ -131,7 +103,7 @@ def of_current_prior(results: Results) -> Results:
     ]
 
 
-def _has_noise(result: Mapping[str, Any]) -> bool:
+def _has_noise(result: RunResult) -> bool:
     return result["config"]["method"] != "none"
 
 
@@ -252,7 +224,7 @@ def rank_heatmaps(results: Results) -> Figure:
     return figure
 
 
-def _fit_of(result: Mapping[str, Any]) -> str:
+def _fit_of(result: RunResult) -> str:
     criterion = ("method", "prior_log_odds", "p2")
     return json.dumps(
         {name: value for name, value in result["config"].items() if name not in criterion}, sort_keys=True

@@ -1,6 +1,5 @@
 """Results of the study as tables beside the paper's numbers, in Markdown and LaTeX: python -m analysis.tables."""
 
-import json
 import re
 import statistics
 import sys
@@ -12,15 +11,15 @@ from typing import Any, get_args
 
 import tyro
 
+from analysis.drawing.published import paper_numbers
 from analysis.drawing.typeset import Table, latex, markdown
 from analysis.runs.config import BASELINES, METHODS, RecipeName, RunConfig
 from analysis.runs.pretrained import is_pretrained
 from analysis.runs.recipes import dense_of, make_config
-from analysis.runs.store import Store
+from analysis.runs.store import RunResult, Store
 
 __all__ = ["Tables", "main", "tabulate", "write_tables"]
 
-_PAPER = Path(__file__).parent / "drawing" / "paper_numbers.json"
 _RESULTS = Path(__file__).parent / "results" / "study"
 _TITLES = {
     "mnist": "MNIST",
@@ -49,7 +48,7 @@ _LEGEND = (
 # What rows do not name: settings that follow from the number of epochs, and those that are a seed's own.
 _UNNAMED = ("kl_warmup_epochs", "prune_from", "prune_until", "widths")
 
-Result = dict[str, Any]
+Result = RunResult
 Point = tuple[float, float]  # parameters removed and test accuracy, in %
 
 
@@ -61,8 +60,7 @@ def tabulate(results: Iterable[Result]) -> list[Table]:
     where the data are not quite the paper's, its accuracies are comparable no other way. A third has what is
     removed as the paper's code counts it, and a fourth how far the paper's recipe is from the paper.
     """
-    published = json.loads(_PAPER.read_text(encoding="utf-8"))
-    paper = published["table1"] | published["table2"]
+    paper = paper_numbers()
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result["config"]["network"], result["config"]["pruning"]), []).append(result)
@@ -224,7 +222,8 @@ def _against_dense(results: Sequence[Result]) -> list[Result]:
     for result in results:
         config = RunConfig(**result["config"])
         if config.recipe != "baselines" and config.method != "none" and (other := dense.get(dense_of(config))):
-            found.append({**result, "change": 100 * (result["accuracy_test"] - other["accuracy_test"])})
+            changed: Result = {**result, "change": 100 * (result["accuracy_test"] - other["accuracy_test"])}
+            found.append(changed)
     return found
 
 

@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Point", "published"]
+__all__ = ["Point", "paper_numbers", "published"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class Point:
     accuracy_sd: float = 0.0
 
 
+def paper_numbers() -> dict[str, dict[str, Any]]:
+    """Return the paper's tables 1 and 2: by network and data set, for each method four numbers.
+
+    They are the compression, its standard deviation, the accuracy and its standard deviation, in per cent.
+    """
+    tables = json.loads((Path(__file__).parent / "paper_numbers.json").read_text(encoding="utf-8"))
+    numbers: dict[str, dict[str, Any]] = tables["table1"] | tables["table2"]
+    return numbers
+
+
 def published(network: str, dataset: str) -> dict[str, Point]:
     """Return what is known of a network on a data set, by method: the paper's table 1, and LeNet-5-Caffe on MNIST.
 
@@ -31,9 +42,7 @@ def published(network: str, dataset: str) -> dict[str, Point]:
     """
     if (network, dataset) == ("lenet5_caffe", "mnist"):
         return _LENET5_CAFFE
-    path = Path(__file__).parent / "paper_numbers.json"
-    table = json.loads(path.read_text(encoding="utf-8"))["table1"]
-    rows = table.get(network.removesuffix("_inputs"), {}).get(dataset, {})
+    rows = paper_numbers().get(network.removesuffix("_inputs"), {}).get(dataset, {})
     return {
         method: Point(compression, accuracy, compression_sd or 0.0, accuracy_sd or 0.0)
         for method, (compression, compression_sd, accuracy, accuracy_sd) in rows.items()

@@ -14,10 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.drawing.figure_style import METHODS, is_left, panel_grid, panel_order, panel_title
 from analysis.drawing.published import Point, published
 from analysis.runs.config import BASELINES
+from analysis.runs.store import RunResult
 
 __all__ = ["of_summary", "panels", "seed_groups", "summarise", "summary", "tradeoff"]
 
-Results = Sequence[Mapping[str, Any]]
+Results = Sequence[RunResult]
 # Where ticks may be, the most welcome first: parameters left, and accuracy, in %.
 _TICKS_LEFT = [[100, 10, 1, 0.1], [50, 20, 5, 2, 0.5, 0.2]]
 _TICKS_ACCURACY = [[number * step for number in range(round(100 / step))] for step in (10, 5, 1, 0.5, 0.2, 0.1)]
@@ -48,7 +49,7 @@ def of_summary(results: Results) -> Results:
     return complete
 
 
-def _is_shown(result: Mapping[str, Any]) -> bool:
+def _is_shown(result: RunResult) -> bool:
     return result["config"]["method"] in ("none", "BMRS_N")
 
 
@@ -87,17 +88,17 @@ def tradeoff(results: Results, only: Sequence[str] = ()) -> Figure:
     return figure
 
 
-def panels(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+def panels(results: Iterable[RunResult]) -> dict[tuple[str, str], list[RunResult]]:
     """Return the results of each network on each data set."""
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    cells: dict[tuple[str, str], list[RunResult]] = {}
     for result in results:
         cells.setdefault((result["config"]["network"], result["config"]["dataset"]), []).append(result)
     return {cell: cells[cell] for cell in sorted(cells, key=panel_order)}
 
 
-def seed_groups(results: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def seed_groups(results: Iterable[RunResult]) -> list[list[RunResult]]:
     """Return the results in groups that differ by nothing but their seed, and what is each seed's own."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[RunResult]] = {}
     for result in results:
         config = {name: value for name, value in result["config"].items() if name not in ("seed", "widths")}
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from analysis.runs.baselines import Importance, narrowed, train_baseline, train_
 from analysis.runs.config import RunConfig
 from analysis.runs.recipes import make_config
 from analysis.runs.results import compare, short_history
+from analysis.runs.store import RunResult
 from pyro_bmrs.model.noise import noise_layers
 from pyro_bmrs.structures.compact import without_noise
 
@@ -24,12 +25,11 @@ _IMPORTANCES: dict[str, Importance] = {
     "tp_group_norm": "group_norm",
 }
 
-Result = Mapping[str, Any]
 Cell = tuple[str, str, float | str]  # data set, network and the KL's weight
 
 
 def baselines_beside(
-    results: Iterable[Result],
+    results: Iterable[RunResult],
     datasets: Sequence[str],
     networks: Sequence[str],
     methods: Sequence[str],
@@ -56,7 +56,7 @@ def baselines_beside(
     Raises:
         ValueError: If none of our runs count.
     """
-    cells: dict[Cell, dict[int, Result]] = {}
+    cells: dict[Cell, dict[int, RunResult]] = {}
     for result in results:
         config = RunConfig(**result["config"])
         if (config.recipe, config.method, config.pruning) != ("ours", "BMRS_N", "continuous"):

@@ -24,7 +24,7 @@ from pyro_bmrs.svi.devices import check_dtypes, keep_freed_memory, make_fabric
 from pyro_bmrs.svi.elbo import MeanFieldELBO
 from pyro_bmrs.svi.isolation import isolated
 from pyro_bmrs.svi.pruner import Pruner
-from pyro_bmrs.svi.pruning import Continuous, Pruning
+from pyro_bmrs.svi.pruning import Pruning
 from pyro_bmrs.svi.replicas import TrainedReplicas
 from pyro_bmrs.svi.result import FitResult, FitWarning
 from pyro_bmrs.svi.run import Member, Run
@@ -161,7 +161,7 @@ def _checked_seeds(seeds: Any) -> list[int]:
 
 
 def _check_pruning(pruning: Pruning) -> None:
-    if not isinstance(pruning, Continuous):
+    if not pruning.takes_several:
         raise TypeError(
             f"pruning must be Continuous() for an ensemble, but got {pruning!r}: replicas would stop at different "
             "levels, with different epochs; fit them one by one"

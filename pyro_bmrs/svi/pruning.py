@@ -31,9 +31,11 @@ class Pruning:
 
     Attributes:
         warms_up: Whether the weight of the KL rises over the first epochs, unless the caller says otherwise.
+        takes_several: Whether several models can be trained together: epochs and weight of the KL depend on none.
     """
 
     warms_up: ClassVar[bool] = True
+    takes_several: ClassVar[bool] = False
 
     @property
     def shrinks(self) -> bool:
@@ -89,6 +91,7 @@ class Continuous(Pruning):
     every: int = 1
     stop: int | None = None
     shrink: bool = False
+    takes_several: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, epoch in (("start", self.start), ("every", self.every), ("stop", self.stop)):

@@ -11,7 +11,8 @@ from analysis import figures
 from analysis.drawing.figure_style import METHODS, figure_style, panel_grid
 from analysis.drawing.published import Point, published
 from analysis.drawing.tradeoff import summarise, summary, tradeoff
-from analysis.figures import Figures, draw, load_results, main, of_current_prior
+from analysis.figures import Figures, draw, main, of_current_prior
+from analysis.runs.store import read_results
 
 MNIST = ("lenet5", "mnist")
 ALL = [(network, dataset) for network in ("mlp", "lenet5") for dataset in ("mnist", "fashion_mnist", "cifar10")]
@@ -230,16 +231,16 @@ def test_the_summary_shows_ours_baselines_and_what_is_published():
 
 def test_only_results_are_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match="no results of runs in"):
-        load_results(tmp_path)
+        main(Figures(tmp_path, tmp_path))
     run = result(*MNIST, "SNR", 0, 80, 98)
     (tmp_path / "a.json").write_text(json.dumps(run))
     (tmp_path / "a.error.json").write_text(json.dumps({"config": run["config"], "error": "lost"}))
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "other.json").write_text('{"config": "x", "compression": 1, "accuracy_test": 1}')
-    assert load_results(tmp_path) == [run]
+    assert read_results(tmp_path) == [run]
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ValueError, match=r"b\.json is no result of a run .*; delete it"):
-        load_results(tmp_path)
+        read_results(tmp_path)
 
 
 def test_published_points():
