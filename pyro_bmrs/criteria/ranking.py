@@ -49,9 +49,9 @@ class RankingCriterion(Criterion):
     def removable(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return for each site which of the remaining structures go: the highest-scoring, as many as match."""
         matched = self.match.removable(context)
-        flat_keep = torch.cat(list(context.model.masks.values()))
+        flat_keep = context.guide.keep
         scores = self.scores(context) if scores is None else scores
-        flat = torch.cat(list(scores.values())).masked_fill(~flat_keep, -math.inf)
+        flat = context.guide.join(scores).masked_fill(~flat_keep, -math.inf)
         order = flat.nan_to_num(nan=-math.inf).argsort(descending=True)
 
         def first(count: int) -> Scores:

@@ -55,7 +55,7 @@ class NoisePosterior:
     @property
     def keep(self) -> Tensor:
         """Which structures remain, of shape ``(structures,)``, bool."""
-        return torch.cat([layer.keep for layer in self.noise.values()])
+        return self.join({site: layer.keep for site, layer in self.noise.items()})
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +77,10 @@ class NoisePosterior:
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Split ``(..., structures)`` into one ``(..., size)`` per site."""
         return dict(zip(self.sizes, flat.split(list(self.sizes.values()), dim=-1), strict=True))
+
+    def join(self, by_site: Mapping[str, Tensor]) -> Tensor:
+        """Join one ``(..., size)`` per site to ``(..., structures)``, as ``split`` takes it apart."""
+        return torch.cat([by_site[site] for site in self.sizes], -1)
 
     def draw(self, sample_shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """Draw all noise at once: a tensor of shape ``(*sample_shape, size)`` for each site."""

@@ -111,10 +111,10 @@ class Pruner:
         """
         assert self.criterion is not None
         removable, scores = self._evaluate(self.criterion)
-        flat = torch.cat([self._spared(site, scores[site]) for site in self.guide.sizes])
+        flat = self.guide.join({site: self._spared(site, score) for site, score in scores.items()})
         candidates = flat > -math.inf
         if removable_only:
-            candidates &= torch.cat([removable[site] for site in self.guide.sizes])
+            candidates &= self.guide.join(removable)
         order = flat.argsort(descending=True, stable=True)
         order = order[candidates[order]]
 
@@ -151,8 +151,8 @@ class Pruner:
         if self.criterion is None:
             return
         by_site, scores = self._evaluate(self.criterion)
-        removable = torch.cat(list(by_site.values()))
-        flat = torch.cat(list(scores.values())).nan_to_num(nan=-math.inf)
+        removable = self.guide.join(by_site)
+        flat = self.guide.join(scores).nan_to_num(nan=-math.inf)
         by_score = flat.argsort(descending=True)
         self._order = by_score[removable[by_score].argsort(descending=True, stable=True)]
         self._limit = int(removable.sum()) if stop else len(flat)
@@ -258,7 +258,7 @@ class Pruner:
             known[positions] = torch.where(evaluated, score, known[positions])
 
     def _remove(self, removed: Mapping[str, Tensor]) -> dict[str, int]:
-        newly = torch.cat([removed[site] for site in self.guide.sizes]) & self.guide.keep
+        newly = self.guide.join(removed) & self.guide.keep
         for saved, parameter in zip(self._at_removal, self.guide.parameters(), strict=True):
             saved[newly] = parameter.detach()[newly]
         counts = {}
