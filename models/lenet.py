@@ -16,7 +16,7 @@ def lenet5(in_channels: int = 1, classes: int = 10, noise_before_pool: bool = Fa
         in_channels: Channels c of the images.
         classes: Number of outputs.
         noise_before_pool: Whether filters' noise stands before max-pooling, as in the paper, instead of behind it. With
-            one draw an example or a batch both are the same function, since a maximum commutes with a factor that is
+            one draw per example or per batch both are the same function, since a maximum commutes with a factor that is
             not negative, and behind is a quarter of the work; with a draw for each position they differ.
 
     References:

@@ -33,7 +33,7 @@ class RunConfig:
         seed: Of initial weights, data order and noise.
         epochs: Epochs with noise; of the dense network and of baselines all.
         fine_tune_epochs: Epochs at the posterior mean.
-        batch_size: Examples a step, at most.
+        batch_size: Examples per step, at most.
         lr: Initial learning rate of the weights.
         posterior_lr: That of the posterior.
         decay: Whether both fall along a cosine.

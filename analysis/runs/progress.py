@@ -17,7 +17,7 @@ _Finished = tuple[RunConfig, float]  # a run and the seconds that it took
 
 
 def seconds_left(left: Mapping[RunConfig, int], finished: Iterable[_Finished], jobs: int) -> float | None:
-    """Estimate the seconds until all runs are done, from the seconds an epoch of like runs that have finished.
+    """Estimate the seconds until all runs are done, from the seconds per epoch of like runs that have finished.
 
     Args:
         left: For each run that is not done the number of epochs it still has.

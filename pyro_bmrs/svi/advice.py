@@ -1,4 +1,4 @@
-"""What a fit that has little to show for it says at its end: one warning, with figures and what to turn."""
+"""What a fit that has little to show for it says at its end: one warning, with figures and what to change."""
 
 import math
 import statistics

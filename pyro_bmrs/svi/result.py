@@ -26,7 +26,7 @@ class FitResult:
             removed where >= 0. Empty if the criterion was never asked.
         history: One record per epoch: ``epoch``, ``phase``, ``loss`` (nats per example), ``kl`` (nats), ``kl_weight``,
             ``structures``, ``parameters``, ``compression``, ``seconds``, and with validation data
-            ``log_likelihood_validation`` (nats per example); for labels ``accuracy_validation``, and for one label an
+            ``log_likelihood_validation`` (nats per example); for labels ``accuracy_validation``, and for one label per
             example ``recall_validation``, the accuracy on each class (None where it has no examples); for numbers
             ``rmse_validation``.
         seconds: Wall time of the whole fit, all sessions of a resumed one together.

@@ -219,7 +219,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     def select(self, kept: Tensor) -> None:
         """Become the guide of the structures at ``kept`` of the flat vectors, in place, as the noise layers have.
 
-        Parameters stay the same objects. Buffers of a subclass count as one entry a structure if their first dimension
+        Parameters stay the same objects. Buffers of a subclass count as one entry per structure if their first dimension
         has that size.
         """
         structures = sum(self.sizes.values())

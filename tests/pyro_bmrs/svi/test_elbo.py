@@ -50,7 +50,7 @@ def test_sites_with_weights_of_their_own_equal_the_stock_elbo():
 
 
 def test_draws_for_each_example_equal_the_stock_elbo_with_a_plate():
-    """A plate over the batch inside scale(1/B) is what Pyro accepts for one draw an example."""
+    """A plate over the batch inside scale(1/B) is what Pyro accepts for one draw per example."""
     model, guide, x = build("noise_before_tanh", dtype=torch.float64)
     y = torch.arange(len(x)) % 3
     site, layer = next(iter(model.noise.items()))

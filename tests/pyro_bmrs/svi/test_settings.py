@@ -254,3 +254,18 @@ def test_structures_of_another_network_are_refused():
     other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     with pytest.raises(ValueError, match=r"structures were found in another network: there '.*' had"):
         bmrs.fit(*small_classifier(), (x, y), structures=bmrs.find_structures(other, x), **QUICK)
+
+
+def test_keywords_that_are_none_are_named():
+    with pytest.raises(TypeError, match="fit has no keyword 'epoch'; it has its own and criterion, pruning, epochs"):
+        bmrs.fit(*small_classifier(), blobs(), epoch=3)
+    with pytest.raises(TypeError, match="fit_ensemble has no keyword 'folder'"):
+        bmrs.fit_ensemble(small_classifier, blobs(), seeds=[0], folder="here")
+
+
+def test_settings_are_one_record_for_every_fit():
+    settings: bmrs.FitSettings = {**QUICK, "criterion": None, "lr": 1e-3}
+    seed = settings.pop("seed")
+    alone = bmrs.fit(*small_classifier(), blobs(), seed=seed, **settings)
+    (member,) = bmrs.fit_ensemble(small_classifier, blobs(), seeds=[seed], **settings)
+    assert [each["phase"] for each in alone.history] == [each["phase"] for each in member.result.history]
