@@ -19,8 +19,8 @@ _NOTHING = "", nn.Identity()  # before the first layer and behind the last
 def reference_compression(net: nn.Module, kept: Mapping[str, int]) -> float:
     """Return the fraction of parameters that the reference would say is removed; what the paper's tables have.
 
-    It counts the posteriors' two parameters per structure as the network's own, and biases as never removed. Inputs of a
-    layer go with the structures before it only where they are as many: behind the flattened maps of LeNet-5's filters
+    It counts the posteriors' two parameters per structure as the network's own, and biases as never removed. Inputs of
+    a layer go with the structures before it only where they are as many: behind the flattened maps of LeNet-5's filters
     no input of the dense layer goes, which has 48,000 of its 61,706 parameters.
 
     Args:

@@ -67,7 +67,17 @@ def register_evidence_change(
 def register_reduced_posterior(
     type_q: type[Distribution], type_p: type[Distribution], type_reduced: type[Distribution]
 ) -> Callable[[Rule], Rule]:
-    """Register a closed form for ``reduced_posterior``; see ``register_evidence_change``."""
+    """Register a closed form for ``reduced_posterior``; see ``register_evidence_change``.
+
+    Example:
+        >>> from torch.distributions import Gumbel
+        >>> @bmrs.register_reduced_posterior(Gumbel, Gumbel, Gumbel)
+        ... def _the_same(posterior, prior, reduced_prior):
+        ...     return posterior
+        >>> q = Gumbel(0.0, 1.0)
+        >>> bmrs.reduced_posterior(q, q, q) is q
+        True
+    """
     return _register(_REDUCED_POSTERIORS, (type_q, type_p, type_reduced))
 
 

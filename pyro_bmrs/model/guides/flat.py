@@ -64,6 +64,21 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     Raises:
         TypeError: If ``model`` is no ``NoisyNetwork``, or a noise layer's prior is of another type.
         NotImplementedError: If torch knows no KL from the family to a prior.
+
+    Example:
+        >>> from pyro.distributions import Gamma
+        >>> class GammaGuide(bmrs.FlatGuide):
+        ...     prior_types = (Gamma,)
+        ...     def __init__(self, model):
+        ...         super().__init__(model)
+        ...         self.log_concentration = nn.Parameter(torch.full((sum(self.sizes.values()),), 4.0))
+        ...     def family(self, index=slice(None)):
+        ...         concentration = self.log_concentration[index].exp()
+        ...         return Gamma(concentration, concentration, validate_args=False)
+        >>> noise = bmrs.MultiplicativeNoise(8, Gamma(0.2, 0.2))
+        >>> model = bmrs.NoisyNetwork(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), noise, nn.Linear(8, 3)))
+        >>> GammaGuide(model).mean()["2.theta"].shape
+        torch.Size([8])
     """
 
     prior_types: tuple[type[TorchDistribution], ...] = ()
@@ -219,8 +234,8 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
     def select(self, kept: Tensor) -> None:
         """Become the guide of the structures at ``kept`` of the flat vectors, in place, as the noise layers have.
 
-        Parameters stay the same objects. Buffers of a subclass count as one entry per structure if their first dimension
-        has that size.
+        Parameters stay the same objects. Buffers of a subclass count as one entry per structure if their first
+        dimension has that size.
         """
         structures = sum(self.sizes.values())
         for parameter in self.parameters():
