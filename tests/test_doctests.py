@@ -14,6 +14,7 @@ import pyro_bmrs as bmrs
 MODULES = [info.name for info in pkgutil.walk_packages(bmrs.__path__, "pyro_bmrs.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     module = importlib.import_module(name)

@@ -29,6 +29,7 @@ def test_pruning_your_own_network(tmp_path, monkeypatch, capsys):
     assert "validation accuracy %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_likelihoods(tmp_path, monkeypatch, capsys):
     names = run(PROGRAMS[1], tmp_path, monkeypatch)
     tables = capsys.readouterr().out
@@ -38,6 +39,7 @@ def test_other_likelihoods(tmp_path, monkeypatch, capsys):
     assert bmrs.count_parameters(names["nets"][0]) == 193  # as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS[2:])
 def test_other_programs(program, tmp_path, monkeypatch):
     run(program, tmp_path, monkeypatch)

@@ -56,12 +56,12 @@ def linear_case(config: Any) -> list[dict[str, Any]]:
     exact, marginals = _exact(gram, score)
     with local_seed(devices=[]):
         torch.manual_seed(config.seed)
-        elbo, posterior = _mean_field(gram, score, prior, torch.ones(2), 1500)
+        elbo, posterior = _mean_field(gram, score, prior, torch.ones(2), config.steps)
         refitted = []
         for i in range(2):
             without = torch.ones(2)
             without[i] = 0
-            refitted.append(_mean_field(gram, score, prior, without, 1000)[0] - elbo)
+            refitted.append(_mean_field(gram, score, prior, without, 2 * config.steps // 3)[0] - elbo)
     other = posterior.mean.flip(1)
     slope = score - gram[:, 0, 1:2] * other
     curvature = -torch.stack([gram[:, 0, 0], gram[:, 1, 1]], 1)
@@ -200,7 +200,7 @@ def digits_case(config: Any) -> list[dict[str, Any]]:
 
 def _brute_forced(config: Any, kl_weight: float, x: Tensor, y: Tensor) -> dict[str, Any]:
     torch.manual_seed(config.seed)
-    model = bmrs.NoisyNetwork(mlp(64, hidden=40, layers=2), kl_weight=kl_weight)
+    model = bmrs.NoisyNetwork(mlp(64, hidden=config.hidden, layers=2), kl_weight=kl_weight)
     guide = bmrs.TruncatedLogNormalGuide(model)
     gradients = bmrs.TrainingGradients(guide)
     fitted: dict[str, Any] = {"epochs": config.epochs, "fine_tune_epochs": 0, "batch_size": 32, "seed": config.seed}

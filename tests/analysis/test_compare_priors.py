@@ -19,6 +19,7 @@ def compared(**settings):
         return main(ComparePriors(**{**SHORT, **settings}))
 
 
+@pytest.mark.slow
 def test_each_prior_is_fitted_and_judged(tmp_path):
     report = compared(output=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "priors.json").read_text()) == report
@@ -32,6 +33,7 @@ def test_each_prior_is_fitted_and_judged(tmp_path):
         assert all(each < 0 for each in row["log_likelihood"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_other_settings_are_refused(tmp_path, capsys):
     one, two = list(PRIORS)[:2]
     first = compared(priors=(one,), seeds=(0,), output=tmp_path)

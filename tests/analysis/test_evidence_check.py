@@ -11,9 +11,11 @@ from analysis.evidence_check import EvidenceCheck, format_table, main
 def checked(tmp_path_factory):
     """Return a report, and the folder that it is in."""
     folder = tmp_path_factory.mktemp("check")
-    return main(EvidenceCheck(problems=20, networks=1, kl_weights=(1.0,), epochs=6, output=folder)), folder
+    small = {"problems": 20, "steps": 500, "networks": 1, "kl_weights": (1.0,), "epochs": 6, "hidden": 12}
+    return main(EvidenceCheck(**small, output=folder)), folder
 
 
+@pytest.mark.slow
 def test_predictions_are_set_beside_the_truth(checked):
     report, folder = checked
     assert json.loads((folder / "check.json").read_text()) == report

@@ -16,6 +16,7 @@ from analysis.examples import (
 )
 
 
+@pytest.mark.slow
 def test_a_plain_loop(capsys):
     small = plain_loop.main(epochs=24, warm_up=6)
     before, _, after = capsys.readouterr().out.splitlines()[0].partition(" parameters -> ")
@@ -23,6 +24,7 @@ def test_a_plain_loop(capsys):
     assert small(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "needs"), [("lightning_module", "lightning"), ("hugging_face", "accelerate")])
 def test_other_trainers(name, needs, capsys):
     with warnings.catch_warnings():  # of other libraries, at their pleasure
@@ -35,6 +37,7 @@ def test_other_trainers(name, needs, capsys):
     assert isinstance(small, torch.nn.Module)
 
 
+@pytest.mark.slow
 def test_noise_by_hand(tmp_path, capsys):
     small = noise_by_hand.main(str(tmp_path))
     printed = capsys.readouterr().out
@@ -43,6 +46,7 @@ def test_noise_by_hand(tmp_path, capsys):
     assert str(bmrs.load(tmp_path / "small")) == str(small)
 
 
+@pytest.mark.slow
 def test_a_long_fit(tmp_path):
     result, replicas = long_fit.main(str(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoint" / "fit.safetensors").exists()
@@ -52,6 +56,7 @@ def test_a_long_fit(tmp_path):
     assert len(again.history) == len(result.history) == 42
 
 
+@pytest.mark.slow
 def test_a_posterior_is_inspected(tmp_path, capsys):
     scores = inspect_posterior.main(str(tmp_path))
     assert scores.over_draws.accuracy > 0.9
@@ -68,6 +73,7 @@ def test_features_are_selected(capsys):
     assert "Delta F in nats" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_priors_are_compared(capsys):
     scores = compare_priors.main()
     assert all(each.at_mean.accuracy > 0.9 for each in scores.values())
@@ -76,6 +82,7 @@ def test_two_priors_are_compared(capsys):
     assert "elpd_loo" in printed
 
 
+@pytest.mark.slow
 def test_a_prior_a_criterion_and_a_guide_of_ones_own(capsys):
     result = your_own.main()
     removed = 1 - float(result.masks["2.theta"].float().mean())

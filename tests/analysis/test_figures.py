@@ -50,6 +50,7 @@ def overlapping_texts(figure):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", CELLS)
 @pytest.mark.parametrize("maker", MAKERS)
 def test_texts_do_not_overlap_and_axes_are_labelled(maker, cells):
@@ -193,6 +194,7 @@ def test_the_sweep_runs_along_p1():
     assert below.get_xlim() == (13, 0)
 
 
+@pytest.mark.slow
 def test_every_figure_there_are_results_for_is_written_the_same_each_time(tmp_path):
     after = post_training([MNIST])
     other = {**after[0], "config": {**after[0]["config"], "method": "BMRS_U-2"}}  # which has no colour of its own

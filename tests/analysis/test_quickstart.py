@@ -23,6 +23,7 @@ def test_digits_are_split_into_disjoint_parts():
     assert not rows[1] & rows[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["lenet5", "mlp"])
 def test_a_run_folder_holds_everything(network, tmp_path, capsys):
     results = main(dataclasses.replace(QUICK, network=network, output=tmp_path / "run"))
@@ -46,6 +47,7 @@ def test_a_run_folder_holds_everything(network, tmp_path, capsys):
         assert word in table
 
 
+@pytest.mark.slow
 def test_the_checkpoint_restores_model_and_guide(tmp_path):
     main(dataclasses.replace(QUICK, network="mlp", output=tmp_path / "run"))
     from models import mlp
@@ -69,6 +71,7 @@ def test_results_are_kept_and_unwritable_folders_refused_before_training(tmp_pat
         main(dataclasses.replace(QUICK, output=tmp_path / "results.json" / "run"))
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_or_does_nothing(tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(QUICK, network="mlp", output=tmp_path, shrink=True)
     whole = main(config)

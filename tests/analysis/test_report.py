@@ -38,6 +38,7 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_run_came_to(run, capsys):
     folder, results = run
     path = main(Report(folder))

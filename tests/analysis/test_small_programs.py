@@ -7,6 +7,7 @@ from analysis import defaults, size
 from analysis.benchmarks import import_time
 
 
+@pytest.mark.slow
 def test_imports_are_timed():
     results = import_time.main(import_time.ImportTime(rounds=1))
     assert results["ratio"] > 0
@@ -30,6 +31,7 @@ def test_parts_of_a_data_set_are_disjoint_and_standardised(name):
     torch.testing.assert_close(problem.train[0].mean(0), torch.zeros(problem.train[0].shape[1]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sizes_are_compared(tmp_path, capsys):
     config = size.Size(
         networks=("mlp",),

@@ -89,6 +89,7 @@ def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
 
 
+@pytest.mark.slow
 def test_the_kl_may_be_priced_at_other_widths(tmp_path):
     config = make_config("digits", "mlp", "BMRS_N", "ours", 0, epochs=1, fine_tune_epochs=0, kl_by_cost=True)
     execution = Execution(work=tmp_path)
@@ -263,6 +264,7 @@ def test_baselines_of_nothing_are_refused_with_what_to_run_first(tmp_path):
             configurations(mixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "seeds"), [("mlp", (0, 1)), ("lenet5", (0,))])
 def test_baselines_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
     settings = {"networks": (network,), "seeds": seeds, "epochs": 4, "fine_tune_epochs": 0}
@@ -298,6 +300,7 @@ def test_baselines_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
     assert printed.count(f"({len(seeds)}) |") == len(BASELINES)
 
 
+@pytest.mark.slow
 def test_an_interrupted_baseline_starts_again(tmp_path, monkeypatch):
     keep(tmp_path, 0, 0.5, (20, 20, 20))
     baselines = beside(tmp_path, seeds=(0,), methods=("tp_taylor",))
@@ -360,6 +363,7 @@ def test_a_corrupt_result_is_named(tmp_path):
         Store(tmp_path).read_all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "BMRS_N"])
 def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeypatch):
     whole = study(tmp_path / "whole", methods=(method,), epochs=4, kl_weight=(4.0,))
@@ -384,6 +388,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeyp
     assert (expected["sessions"], found["sessions"]) == ([0], [0, 3])
 
 
+@pytest.mark.slow
 def test_every_method_and_recipe_from_one_end_to_the_other(tmp_path, capsys):
     everything = study(tmp_path, methods=METHODS, recipes=("paper", "ours"), kl_weight=())
     assert main(everything)
@@ -402,6 +407,7 @@ def test_every_method_and_recipe_from_one_end_to_the_other(tmp_path, capsys):
     assert source.count("toprule") == 3  # against none, and by the paper's count
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* has lost all its structures")  # at the highest levels
 def test_post_training_runs_share_their_training(tmp_path):
     both = study(tmp_path, methods=("BMRS_N", "L2"), pruning="post-training", epochs=4)
@@ -421,6 +427,7 @@ def test_post_training_runs_share_their_training(tmp_path):
     assert len(folders) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* has lost all its structures")
 def test_images_may_be_bytes_as_those_of_the_hub_are(tmp_path, monkeypatch):
     whole = digits(32)
@@ -437,6 +444,7 @@ def test_images_may_be_bytes_as_those_of_the_hub_are(tmp_path, monkeypatch):
     assert [*map(without_times, both[0])] == [*map(without_times, both[1])]
 
 
+@pytest.mark.slow
 def test_caffe_and_noisy_inputs_run(tmp_path):
     runs = study(tmp_path, networks=("lenet5_caffe", "mlp_inputs"), epochs=1, fine_tune_epochs=0)
     assert main(runs)
@@ -481,6 +489,7 @@ def check_nothing_is_lost(folder, runs):
     assert {key: interrupted[key] for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_and_one_killed(tmp_path, capsys):
     runs = two_runs(tmp_path, jobs=2)
     killer = Killer(tmp_path, configurations(runs))
@@ -490,6 +499,7 @@ def test_processes_side_by_side_and_one_killed(tmp_path, capsys):
     check_nothing_is_lost(tmp_path, runs)
 
 
+@pytest.mark.exhaustive
 def test_a_cluster_with_a_worker_killed(tmp_path):
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(

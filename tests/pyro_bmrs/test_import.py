@@ -8,6 +8,7 @@ import pyro_bmrs as bmrs
 HEAVY = ("lightning_fabric", "matplotlib", "arviz", "scipy", "sklearn", "joblib", "h5py", "torch._dynamo", "pandas")
 
 
+@pytest.mark.slow
 def test_what_is_slow_to_import_is_imported_when_used():
     program = (
         "import sys, torch, pyro; before = set(sys.modules); import pyro_bmrs; "

@@ -40,6 +40,7 @@ def test_elbo_equals_the_stock_one(names):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_bmrs.UnreliableEvidenceWarning")  # of priors far from their bound
 @pytest.mark.parametrize("name", PRIORS)
 def test_fit_prune_and_compact(name):

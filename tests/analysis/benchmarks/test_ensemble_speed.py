@@ -1,9 +1,12 @@
 import json
 import math
 
+import pytest
+
 from analysis.benchmarks.ensemble_speed import EnsembleSpeed, main
 
 
+@pytest.mark.slow
 def test_it_times_both_ways_and_writes_what_it_found(tmp_path, capsys):
     config = EnsembleSpeed(batch_sizes=(8,), seeds=2, epochs=1, examples=16, rounds=2, device="cpu", output=tmp_path)
     report = main(config)

@@ -23,6 +23,7 @@ def check(report, folder, threads):
         assert result["training"]["plain"]["ratio"] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_it_writes_figures_and_tables(tmp_path, capsys):
     report = main(Overhead(**{**vars(TINY), "output": tmp_path / "new"}))
     check(report, tmp_path / "new", threads=1)

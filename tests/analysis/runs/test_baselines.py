@@ -34,6 +34,7 @@ def parameters_of(net):
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranking", ["layer", "network"])
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("make", [lenet5, small_mlp, caffe])

@@ -57,6 +57,7 @@ def test_weights_come_from_a_folder_where_there_is_one(tmp_path):
     assert net.model.classifier[1].out_features == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "sites"), [("resnet18", "normalization"), ("vit_s", ("attention.o_proj", "mlp.fc2"))]
 )
@@ -94,6 +95,7 @@ def test_the_grid_has_what_the_papers_table_has_and_random():
     assert methods == {"none", "L2", "E[theta]", "SNR", "BMRS_N", "BMRS_U-8", "BMRS_U-4", "random"}
 
 
+@pytest.mark.slow
 def test_pruned_networks_are_timed(tmp_path, capsys):
     config = pruned_latency.PrunedLatency(
         networks=("resnet18",), dataset="digits", remove=(0.5,), batch=2, rounds=2, output=tmp_path / "latency.json"

@@ -46,6 +46,7 @@ def test_parabolas(prior, kl_weight):
     assert found.log_density(u).shape == (20_001, 4)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_repeated_draws():
     prior = bmrs.LogUniform(LOW, HIGH)
     found = [free_form_factor(drawn(noise=0.5, seed=seed), prior, N, 1.0) for seed in range(40)]
@@ -54,6 +55,7 @@ def test_standard_errors_are_those_of_repeated_draws():
     assert ((spread / expected).log().abs() < 0.7).all()
 
 
+@pytest.mark.slow
 def test_the_curvature_is_drawn_towards_the_gauss_newton_one():
     prior = bmrs.LogUniform(LOW, HIGH)
     scores = CURVATURE.sqrt() * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)).double()

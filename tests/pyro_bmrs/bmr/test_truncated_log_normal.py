@@ -193,6 +193,7 @@ def test_a_spike_on_a_collapsed_posterior_gains_the_width_of_the_prior(scale):
 # --- properties over the whole plane -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(cases())
 def test_finite_with_finite_gradients(case):
     case = case.requires_grad()
@@ -209,6 +210,7 @@ def test_at_most_the_log_of_the_highest_ratio(case):
     assert (change(case, inner_window) <= math.log(2) + 1e-12).all()
 
 
+@pytest.mark.slow
 @given(cases())
 def test_shift_of_log_theta(case):
     case = case.on_grid()

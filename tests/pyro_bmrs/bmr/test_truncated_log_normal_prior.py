@@ -107,6 +107,7 @@ def test_a_dome_is_no_truncated_log_normal():
         bmrs.reduced_posterior(q, p, bmrs.LogUniform(double(LOW), double(HIGH)))
 
 
+@pytest.mark.slow
 @given(st.floats(-60, 20), st.floats(-20, 6), st.floats(-30, 5), st.floats(-3, 5))
 def test_everything_is_finite(q_loc, q_log_scale, p_loc, p_log_scale):
     q_loc, q_log_scale = (double(v).requires_grad_() for v in (q_loc, q_log_scale))

@@ -99,6 +99,7 @@ def rounding(q):
     return 1e-12 + 1e-13 / q.log_theta_variance.sqrt()
 
 
+@pytest.mark.slow
 @given(cases(), st.floats(0, 1))
 def test_finite_with_finite_gradients(case, u):
     case = case.requires_grad()
@@ -149,6 +150,7 @@ def test_samples_lie_within_the_bounds(case):
         assert torch.isfinite(q.log_prob(theta)).all()
 
 
+@pytest.mark.slow
 @given(cases(), st.floats(0.01, 0.99))
 def test_shift_of_log_theta(case, u):
     """Theta is a scale-free quantity: a constant on loc and both bounds changes only its unit."""

@@ -26,6 +26,7 @@ def test_draws_follow_the_posterior():
         assert (np.abs(difference) < 5 * error).all()
 
 
+@pytest.mark.slow
 def test_arviz_summarises_and_stores_it(tmp_path):
     _, guide, _ = build("mlp")
     data = bmrs.to_arviz(guide)

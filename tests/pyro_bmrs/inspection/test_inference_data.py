@@ -91,6 +91,7 @@ def test_importance_ratios_have_a_k_hat(fitted):
     assert "pareto_k" not in bmrs.to_arviz(model, guide, draws=200).attrs
 
 
+@pytest.mark.slow
 def test_arviz_reads_it(fitted, tmp_path):
     model, guide, examples = fitted
     data = bmrs.to_arviz(model, guide, examples, draws=100)

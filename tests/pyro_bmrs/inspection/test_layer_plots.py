@@ -96,6 +96,7 @@ def seen():
     return noted, guide
 
 
+@pytest.mark.slow
 def test_trajectories_are_those_of_the_guide(seen):
     noted, guide = seen
     assert noted.epochs == list(range(1, 13))

@@ -26,6 +26,7 @@ def check_labels(ax):
         assert label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduced", [bmrs.spike, bmrs.precision_window])
 @pytest.mark.parametrize(("loc", "scale"), [(-1.0, 0.05), (-9.0, 100.0), (-25.0, 1.0), (3.0, 1e-3)])
 def test_reduction(reduced, loc, scale):

@@ -35,6 +35,7 @@ def _clear():
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, lambda model: by_hand])
 def test_groups_are_what_guide_and_model_say(make):
     guide = make(regression)

@@ -30,6 +30,7 @@ def shrunk():
     return model, guide, result
 
 
+@pytest.mark.slow
 def test_pictures_after_shrinking_have_original_numbers(shrunk):
     model, guide, result = shrunk
     assert 0 < guide.sizes["2.theta"] < 16
@@ -50,6 +51,7 @@ def test_pictures_after_shrinking_have_original_numbers(shrunk):
     assert data.posterior["2.theta_structure"].values.tolist() == expected
 
 
+@pytest.mark.slow
 def test_odds_of_each_structure_go_with_it_when_the_network_shrinks():
     masks = []
     settings = {"epochs": 40, "fine_tune_epochs": 1, "batch_size": 20, "lr": 1e-2, "seed": 0, "progress": False}

@@ -69,7 +69,7 @@ def write(name, folder):
     return bmrs.count_parameters(small)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_are_read_by_a_fresh_process(tmp_path):
     counts = {}
     for name in NAMES:
@@ -130,6 +130,7 @@ class Hub:
         return f"https://hub/{repo_id}"
 
 
+@pytest.mark.slow
 def test_a_network_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
     import huggingface_hub
 

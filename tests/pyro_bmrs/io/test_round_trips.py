@@ -212,6 +212,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.filterwarnings("ignore:.*Lazy modules are a new feature", "ignore:.*torch.jit.script_method.*deprecated")
 def test_what_could_not_be_loaded_is_not_saved(make, message, tmp_path):
@@ -245,6 +246,7 @@ PAIRS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 def test_shrunk_models_and_guides_are_put_back(make, tmp_path):
     model, guide, x = shrunk(make)
@@ -306,6 +308,7 @@ def pair(tmp_path):
     return tmp_path / "net"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["net.json", "net.safetensors"])
 def test_every_flipped_bit_is_found(pair, name):
     file, chance = pair.with_name(name), random.Random(0)

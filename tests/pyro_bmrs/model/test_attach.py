@@ -12,6 +12,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from marks import thinned
 from nets import random_masks
 from processes import EveryThird, MedianGuide, Stop, state
 from pyro import poutine
@@ -218,6 +219,7 @@ def saved(module):
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("whole", [False, True])
@@ -247,6 +249,7 @@ def test_a_copy_has_noise_of_its_own(name, copied, whole):
     assert not hooks(twin.net.net)
 
 
+@pytest.mark.slow
 def test_a_copy_of_model_and_guide_trains_alike_and_apart():
     model, guide = attached("residual")
     other, posterior = copy.deepcopy((model, guide))
@@ -280,6 +283,7 @@ def test_loss_and_gradients_are_those_of_the_stock_elbo(name, pruned):
     torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_draws_for_each_example_leave_the_mean_of_the_loss():
     model, guide = attached("without norms")
     scatter_posterior(guide)
@@ -297,6 +301,7 @@ def test_draws_for_each_example_leave_the_mean_of_the_loss():
         assert abs(float(stock.mean() - ours.mean())) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, bmrs.MeanFieldELBO])
 @pytest.mark.parametrize("name", TRAINED)
 def test_svi(name, elbo):
@@ -318,6 +323,7 @@ def test_the_program_has_one_site_a_group():
     assert [site for site in draws.stochastic_nodes if site in model.sizes] == list(model.sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_at_every_granularity(name, granularity):
@@ -331,7 +337,8 @@ def test_gradients_at_every_granularity(name, granularity):
     assert (guide.loc.grad != 0).all()
 
 
-@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", thinned(["shared", "example", "batch", "element"], keep=["shared", "element"]))
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_fit_then_compact(name, granularity):
     model, guide = attached(name, torch.float32)
@@ -346,7 +353,7 @@ def test_a_fit_then_compact(name, granularity):
     assert bmrs.count_parameters(small) < bmrs.count_parameters(model.net.net)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_fit_is_the_same():
     name, ends = "residual", []
     for compiled in (False, True):
@@ -358,7 +365,8 @@ def test_a_compiled_fit_is_the_same():
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", thinned(["shared", "example", "batch", "element"], keep=["shared"]))
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_traced_step_is_the_same(name, granularity):
     model, guide = attached(name)
@@ -384,6 +392,7 @@ def test_a_traced_step_is_the_same(name, granularity):
     assert traced.traces == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's attention on a CPU, over replicas
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_ensemble_is_fits_one_by_one(name):
@@ -421,6 +430,7 @@ class StackableMedianGuide(bmrs.TruncatedLogNormalGuide):
         return _Median(q.loc, q.scale, q.log_low, q.log_high, validate_args=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_mixed_precision(name):
     model, guide = attached(name, torch.float32)
@@ -480,6 +490,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_parameters_of_one(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
@@ -500,6 +511,7 @@ def checkpointed(reentrant):
     return model, guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_activation_checkpointing_changes_no_gradient(granularity):
     x, y = data("residual", 5)
@@ -548,6 +560,7 @@ class OnlyOnce(EveryThird):
         return scores if self.asked == 1 else {site: score.abs().neg() for site, score in scores.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["without norms", "residual", "batch first", "time first"])
 def test_shrinking_while_training_is_masking(name):
     ends = []
@@ -594,8 +607,9 @@ def test_shrinking_again_and_again_and_detaching():
     assert net.encoder.layers[0].linear1.out_features == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "batch first"])
-@pytest.mark.parametrize("epoch", [2, 3, 5])
+@pytest.mark.parametrize("epoch", thinned([2, 3, 5], keep=[3]))
 @pytest.mark.parametrize("shrink", [False, True])
 def test_an_interrupted_fit_resumes_to_the_same_end(name, epoch, shrink, tmp_path):
     x, y = data(name)
@@ -618,6 +632,7 @@ def test_an_interrupted_fit_resumes_to_the_same_end(name, epoch, shrink, tmp_pat
     assert ends[0][3] == ends[1][3]
 
 
+@pytest.mark.slow
 def test_priors_by_name():
     narrow = bmrs.LogUniform(-5.0, 0.0)
     _, guide = attached("residual", prior={"first.conv1": narrow})
@@ -668,6 +683,7 @@ def test_errors_leave_the_network_alone():
         structures.select(names="nothing.like.this")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "criterion",
     [bmrs.BMRS_N(prior_log_odds=math.log(3)), bmrs.BMRS_U(), bmrs.SNR(), bmrs.PosteriorMean(), bmrs.WeightNorm(),
@@ -753,6 +769,7 @@ def test_the_papers_placement_has_noise_on_every_norms_output():
         torch.testing.assert_close(found, net.head(h.mean((2, 3))), **EXACT)
 
 
+@pytest.mark.slow
 def test_compacted_equals_masked_in_the_papers_placement():
     model, guide = behind_norms()
     example, new = inputs("residual", 2), inputs("residual", 7, seed=5)

@@ -161,6 +161,7 @@ class Penalised(nn.Module):
         return self.net(x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:trying to observe a value outside of inference")  # where it is only evaluated
 def test_a_factor_inside_the_network_counts_in_every_phase():
     x, y = blobs()
@@ -269,6 +270,7 @@ def test_initial_values_of_a_guide_are_checked(name, value, error):
         bmrs.TruncatedLogNormalGuide(small_classifier()[0], **{name: value})
 
 
+@pytest.mark.slow
 def test_original_numbers_are_seen_after_shrinking():
     model, guide, x = build("mlp")
     expected = bmrs.evidence_changes(guide)

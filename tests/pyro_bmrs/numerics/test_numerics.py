@@ -88,6 +88,7 @@ def test_gradients(name, regime):
     assert torch.autograd.gradcheck(getattr(numerics, name), points(regime), eps=1e-6, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log_integral", "mean_displacement"])
 def test_second_gradients(name):
     regimes = [pair for pair in REGIMES if pair[1] > 0.1]  # differences of the differences need some width

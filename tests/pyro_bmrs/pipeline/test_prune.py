@@ -43,6 +43,7 @@ def made(kind=Net, *arguments):
     return kind(*arguments)
 
 
+@pytest.mark.slow
 def test_it_is_what_the_pieces_do_one_after_the_other():
     net = made()
     pruned = bmrs.prune(net, TRAIN, VALIDATION, **SETTINGS)
@@ -80,6 +81,7 @@ def made_without_seed():
         return Net()
 
 
+@pytest.mark.slow
 def test_it_prints_both_tables():
     net = made()
     text = str(bmrs.prune(net, TRAIN, VALIDATION, **SETTINGS))
@@ -100,6 +102,7 @@ def test_it_prints_both_tables():
     assert "Not offered for removal: last" in text
 
 
+@pytest.mark.slow
 def test_noise_on_outputs_has_both_counts():
     """As the paper places it: what is removed, and what would be counted where outputs are only masked."""
     net = Net()
@@ -111,6 +114,7 @@ def test_noise_on_outputs_has_both_counts():
     assert f"only masked: {pruned.masked_parameters:,} (rows of masked outputs alone)" in str(pruned)
 
 
+@pytest.mark.slow
 def test_a_size():
     pruned = bmrs.prune(made(), TRAIN, VALIDATION, remove=0.7, **SETTINGS)
     dense, small = pruned.comparison.parameters
@@ -131,6 +135,7 @@ def test_outputs_loaders_and_mappings():
     assert bmrs.prune(made(), named, named, **settings).comparison.evaluations[1].accuracy is not None
 
 
+@pytest.mark.slow
 def test_regression_and_noise_of_ones_own():
     y = X[:, 0] + 0.1 * torch.randn(300, generator=GENERATOR)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), bmrs.MultiplicativeNoise(16), nn.Linear(16, 1))

@@ -77,6 +77,7 @@ def guides_for(model):
     return {**{kind.__name__: kind(model) for kind in AUTOGUIDES}, "list": in_parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(kind.__name__ for kind in AUTOGUIDES), "list"])
 def test_marginals_of_autoguides_are_those_of_their_draws(name):
     model = make()
@@ -94,6 +95,7 @@ def test_marginals_of_autoguides_are_those_of_their_draws(name):
     assert {site: theta.shape for site, theta in joint.items()} == {site: (3, 2, n) for site, n in SITES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoDelta])
 def test_an_autoguide_is_taken_by_everything_that_looks(kind):
     model = make()
@@ -143,6 +145,7 @@ def test_a_program_written_by_hand_is_read_in_closed_form():
     assert torch.allclose(posterior.kl().double(), ours.kl().double(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_hierarchy_is_known_by_its_draws():
     model = make()
     posterior = bmrs.noise_posterior(model, of_a_hierarchy, X)
@@ -210,6 +213,7 @@ def test_what_is_no_guide_is_refused_by_name():
         bmrs.predict(model, wrong, X)
 
 
+@pytest.mark.slow
 def test_reading_leaves_the_random_state_and_modes_alone():
     model = make()
     guide = fitted(model, AutoIAFNormal(model))

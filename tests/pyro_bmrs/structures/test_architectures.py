@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import ARCHITECTURES, make
+from marks import thinned
 from torch import nn
 
 import pyro_bmrs as bmrs
@@ -15,6 +16,14 @@ from pyro_bmrs.structures.inputs import call, random_like
 NOTHING = {
     "shufflenet_v1", "convnext_v2", "hf_convnext_v2", "spectral_norm", "tied_layers", "temporal",
     "gmlp",
+}  # fmt: skip
+
+
+# What takes longest, and is built of layers that smaller ones have too.
+LARGE = {
+    "hf_mobilenet_v2", "efficientnet", "mobilenet_v3", "resnext", "resnet_bottleneck", "inception", "hf_segformer",
+    "shufflenet_v2", "unet_bilinear", "googlenet", "regnet", "non_local", "hf_swin", "resnet_option_a", "wide_resnet",
+    "densenet", "hf_resnet_bottleneck", "preact_resnet",
 }  # fmt: skip
 
 
@@ -32,7 +41,8 @@ def masks_of(model, generator, emptied=None):
     return masks
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", thinned(ARCHITECTURES, keep=[each for each in ARCHITECTURES if each not in LARGE]))
 def test_what_is_found_can_be_removed_exactly(name):
     net, x = make(name, dtype=torch.float64)
     keys, outputs = list(net.state_dict()), call(net, x)
@@ -67,7 +77,14 @@ def layers_to_mark(net):
     return norms or layers
 
 
-@pytest.mark.parametrize("name", [name for name in list(ARCHITECTURES)[::4] if name != "unused"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        [name for name in list(ARCHITECTURES)[::4] if name != "unused"],
+        keep=[name for name in list(ARCHITECTURES)[::4] if name not in (*LARGE, "unused", "hf_t5")],
+    ),
+)
 def test_noise_on_outputs_can_be_removed_exactly(name):
     net, x = make(name, dtype=torch.float64)
     structures = bmrs.find_structures(net, x, outputs=layers_to_mark(net))

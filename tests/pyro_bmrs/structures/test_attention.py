@@ -191,6 +191,7 @@ def test_one_made_directly_is_like_the_original(kwargs):
     assert ours._qkv_same_embed_dim == theirs._qkv_same_embed_dim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_it_is_exported_for_any_batch_and_length(strict):
     ours = HeadwiseAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True).eval()

@@ -584,6 +584,7 @@ def check_refusal(model, message):
     assert "take this noise out" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_noise_inside_is_exact_or_refused_before_training(case):
     net, x = make(case, inside)
@@ -597,6 +598,7 @@ def test_noise_inside_is_exact_or_refused_before_training(case):
     assert accepted == (case not in REFUSED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_noise_attached_is_exact_or_refused_before_training(case):
     net, x = make(case, outside)
@@ -615,6 +617,7 @@ def test_noise_attached_is_exact_or_refused_before_training(case):
     assert check_exact(model, guide, x, inputs(CASES[case][1], 7, seed=5)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_what_is_refused_can_be_masked_if_the_user_says_so(case):
     net, x = make(case, inside)
@@ -768,6 +771,7 @@ SERIES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERIES)
 @pytest.mark.parametrize("keep", ["10 01", "01 10", "00 11", "11 00", "00 00"])
 def test_complementary_masks_in_series(name, keep):
@@ -807,6 +811,7 @@ def test_an_encoder_in_eval_mode_sees_noise_and_masks(where, norm_first):
     assert error(bmrs.predict(model, guide, x), full) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [inside, outside])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["noise on a sum", "pixel shuffle", "encoder, dropout"])
@@ -862,7 +867,7 @@ def frozen_resnet(noise):
 
 
 @pytest.mark.parametrize(
-    ("noise", "compile"), [(inside, False), (outside, False), pytest.param(outside, True, marks=pytest.mark.slow)]
+    ("noise", "compile"), [(inside, False), (outside, False), pytest.param(outside, True, marks=pytest.mark.exhaustive)]
 )
 def test_a_frozen_batch_norm_keeps_its_statistics(noise, compile):  # noqa: A002
     net, x = frozen_resnet(noise), inputs(IMAGE)

@@ -22,6 +22,7 @@ def only_the_third(size):
     return torch.arange(size) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_logits_equal_the_masked_network(name, seed):
@@ -32,6 +33,7 @@ def test_logits_equal_the_masked_network(name, seed):
     assert bmrs.count_parameters(small) < bmrs.count_parameters(model.net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "noise_before_sigmoid", "noise_between_tanhs"])
 @pytest.mark.parametrize("mask", [none, only_the_third])
 def test_any_layer_may_keep_one_structure_or_none(name, mask):
@@ -101,6 +103,7 @@ def test_a_constant_that_no_bias_can_hold_stays_where_it_is():
     assert (small[0].out_channels, small[3].in_channels) == (3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "noise_between_tanhs"])
 def test_a_fresh_process_reloads_it(name, tmp_path):
     model, guide, x = build(name)
@@ -116,6 +119,7 @@ def test_a_fresh_process_reloads_it(name, tmp_path):
     torch.testing.assert_close(found, bmrs.predict(model, guide, x, masks), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_in_float64_the_two_networks_agree_to_rounding(name):
     model, guide, x = build(name, dtype=torch.float64)

@@ -8,6 +8,7 @@ from torch import nn
 import pyro_bmrs as bmrs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_masked_count_is_that_of_the_smaller_network(name):
     model, guide, x = build(name)

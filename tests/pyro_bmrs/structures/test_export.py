@@ -13,6 +13,7 @@ from pyro_bmrs.structures.inputs import call
 NAMES = ("vgg_bn", "unet", "encoder_layer", "hf_resnet_bottleneck", "hf_vit", "hf_llama")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporters
 @pytest.mark.parametrize("name", [name for name in NAMES if name in ARCHITECTURES])
 def test_a_pruned_network_is_exported_with_any_batch_size(name):
@@ -22,6 +23,7 @@ def test_a_pruned_network_is_exported_with_any_batch_size(name):
         assert difference(call(program.module(), more), call(small, more)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in ("unet", "hf_vit") if name in ARCHITECTURES])
 def test_it_runs_in_onnxruntime(name, tmp_path):

@@ -27,6 +27,7 @@ def masked(net, structures, x):
     return model, guide, masks, random_like(x, generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name in ARCHITECTURES])
 def test_width_is_removed_exactly_and_loaded_onto_a_whole_network(name, tmp_path):
     net, x = make(name, dtype=torch.float64)
@@ -116,6 +117,7 @@ def test_a_norm_that_is_none_of_these_is_refused():
     assert "a mean in 'norm' runs over it" in structures.refused["embed"]
 
 
+@pytest.mark.slow
 def test_width_is_masked_while_training_and_cut_in_the_end():
     torch.manual_seed(0)
     net = Block(nn.LayerNorm)

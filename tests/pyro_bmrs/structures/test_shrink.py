@@ -102,6 +102,7 @@ def check_same_state(found, expected):
         torch.testing.assert_close(found.state()[name], tensor, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("keep", [0.5, 0.2])
 def test_the_next_steps_are_those_of_the_masked_network(name, keep):
@@ -115,6 +116,7 @@ def test_the_next_steps_are_those_of_the_masked_network(name, keep):
     assert removed == 0 if name == "noise_before_sigmoid" else removed > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "lenet5_noise_before_pool", "noise_on_positions"])
 def test_noise_of_every_element_changes_nothing(name):
     masked, shrunk = two_runs(name, granularity="element")
@@ -135,6 +137,7 @@ def test_any_optimizer_that_works_elementwise(optimizer):
     check_same_state(shrunk, masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "batch_norm"])
 def test_shrinking_again_and_again(name):
     masked, shrunk = two_runs(name)
@@ -301,6 +304,7 @@ class TwoBranches(nn.Module):
         return self.out(self.first(self.a(x)) + self.second(self.b(x)))
 
 
+@pytest.mark.slow
 def test_coupled_structures_go_when_all_of_them_do():
     def net():
         return TwoBranches(bmrs.MultiplicativeNoise(5))

@@ -10,6 +10,7 @@ X = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] * X[:, 1] > 0).long()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_bmrs.FitWarning")
 def test_fine_tuning_recalibrates_them():
     def off(fine_tune_epochs):

@@ -115,6 +115,7 @@ def test_the_bar_shows_epochs_in_terminals_and_elsewhere(terminal, monkeypatch):
     assert "accuracy=" in shown
 
 
+@pytest.mark.slow
 def test_energy_and_co2_are_estimated():
     torch.manual_seed(0)
     result = bmrs.fit(*small_classifier(), blobs(), callbacks=[bmrs.EnergyTracker("DEU")], **QUICK)

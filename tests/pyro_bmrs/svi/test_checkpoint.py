@@ -37,6 +37,7 @@ def run_until(forks, folder, seconds):
     return process.exitcode
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_at_20_random_moments_ends_bit_identical(forks, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
@@ -68,6 +69,7 @@ PRUNINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
 @pytest.mark.parametrize("epoch", [3, 4, 6, 9])
 def test_an_interrupted_fit_resumes_to_the_same_end(pruning, epoch, tmp_path):

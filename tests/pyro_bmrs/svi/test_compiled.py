@@ -31,6 +31,7 @@ def outcome(step, objective, *args, seed=3):
     return loss, [p.grad for p in objective.parameters()], [b.clone() for b in objective.buffers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "batch_norm"])
 def test_loss_gradients_and_buffers_are_those_of_forward_and_backward(name, granularity):
@@ -44,6 +45,7 @@ def test_loss_gradients_and_buffers_are_those_of_forward_and_backward(name, gran
     assert not found[0].requires_grad
 
 
+@pytest.mark.slow
 def test_noise_is_fresh_at_each_call_and_a_seed_repeats_it():
     objective, x, y = objective_of("mlp")
     step = CompiledStep(objective, backend="eager")
@@ -69,6 +71,7 @@ def test_tracing_leaves_random_stream_and_buffers_alone():
     assert step.traces == 2
 
 
+@pytest.mark.slow
 def test_nothing_but_another_layout_or_mode_traces_again():
     objective, x, y = objective_of("batch_norm")
     step = CompiledStep(objective, backend="eager")
@@ -188,6 +191,7 @@ def test_a_mistake_in_the_arguments_stays_an_error():
         CompiledStep(objective, backend="fast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_inductor_agrees_with_forward_and_backward(dtype, tolerance):
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ def torchrun(name, folder):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_parameters_of_one_with_the_joint_batch(tmp_path):
     torchrun("two_ranks", tmp_path)
     model, guide = build(MedianGuide)
@@ -39,6 +40,7 @@ def test_two_processes_train_to_the_parameters_of_one_with_the_joint_batch(tmp_p
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.slow
 def test_two_processes_divide_the_batches_of_a_loader(tmp_path):
     torchrun("two_loaders", tmp_path)
     model, guide = build(MedianGuide)
@@ -48,6 +50,7 @@ def test_two_processes_divide_the_batches_of_a_loader(tmp_path):
         torch.testing.assert_close(found, state(model, guide), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_loaders_that_divide_the_examples_themselves(tmp_path):
     torchrun("two_samplers", tmp_path)
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
@@ -57,6 +60,7 @@ def test_loaders_that_divide_the_examples_themselves(tmp_path):
     torch.testing.assert_close(*ranks, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_every_rank_draws_its_own_noise_and_ends_with_the_same_parameters(tmp_path):
     torchrun("two_noises", tmp_path)
     first, second = (load_file(tmp_path / f"noise{rank}.safetensors")["drawn"] for rank in (0, 1))
@@ -65,6 +69,7 @@ def test_every_rank_draws_its_own_noise_and_ends_with_the_same_parameters(tmp_pa
     torch.testing.assert_close(*(load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_run_with_an_error(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,6 +95,7 @@ def test_a_fabric_must_be_launched():
         bmrs.fit(model, guide, blobs(), fabric=Fabric(accelerator="cpu", devices=2, strategy="ddp"))
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_the_posterior_in_float32():
     x, y = blobs()
     model, guide = small_classifier()
@@ -109,6 +115,7 @@ def test_precisions_too_low_for_a_posterior_are_refused(precision):
         bmrs.fit(model, guide, blobs(), precision=precision)
 
 
+@pytest.mark.slow
 def test_bytes_are_divided_by_255_when_used():
     x = torch.randint(0, 256, (200, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] > 127).long()

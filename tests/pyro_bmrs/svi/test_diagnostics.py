@@ -26,6 +26,7 @@ def test_a_posterior_that_has_hardly_been_trained_is_where_it_began():
     assert "initial value: 16 of 16 structures (2: 16)" in str(found)
 
 
+@pytest.mark.slow
 def test_a_posterior_that_has_come_to_rest_and_one_that_has_not():
     rest, _ = fitted(epochs=60)
     assert not any(mask.any() for mask in rest.diagnostics.unmoved.values())
@@ -34,6 +35,7 @@ def test_a_posterior_that_has_come_to_rest_and_one_that_has_not():
     assert float(torch.cat(list(on_its_way.diagnostics.moving.values())).float().mean()) > 0.5
 
 
+@pytest.mark.slow
 def test_overlap_is_that_of_the_densities():
     """By quadrature over log theta."""
     result, guide = fitted()
@@ -59,6 +61,7 @@ def test_bounds_of_the_range_are_seen():
     assert model.sizes.keys() == found.overlap.keys()
 
 
+@pytest.mark.slow
 def test_they_are_in_the_original_numbering_and_three_lines():
     result, guide = fitted(pruning=bmrs.Continuous(start=12, shrink=True), criterion=bmrs.BMRS_N(prior_log_odds=1.1))
     ((site, layer),) = guide.noise.items()
@@ -74,6 +77,7 @@ def test_they_are_in_the_original_numbering_and_three_lines():
     assert len(str(found).splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_says_the_same(tmp_path):
     class Stop(bmrs.Callback):
         def __init__(self, after):
@@ -104,6 +108,7 @@ def test_replicas_have_theirs():
         assert replica.result.diagnostics.overlap.keys() == replica.model.sizes.keys()
 
 
+@pytest.mark.slow
 def test_importance_ratios_are_those_of_the_posterior_when_its_noise_ended(tmp_path):
     result, guide = fitted(epochs=90, fine_tune_epochs=0)
     data = bmrs.to_arviz(guide.model, guide, blobs(150), draws=25)
@@ -117,6 +122,7 @@ def test_importance_ratios_are_those_of_the_posterior_when_its_noise_ended(tmp_p
     assert "k-hat" not in str(short.diagnostics)
 
 
+@pytest.mark.slow
 def test_removed_structures_do_not_count_in_importance_ratios():
     """Whatever their posterior is."""
     _, guide = fitted(epochs=40, fine_tune_epochs=0)

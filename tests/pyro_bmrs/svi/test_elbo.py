@@ -94,6 +94,7 @@ def test_value_is_the_elbo_of_the_formula():
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_granularity_changes_the_noise_of_the_gradient_and_not_its_mean():
     """With equal examples the draws of a batch are 64 independent looks at one gradient."""
     model, guide, x = build("mlp", dtype=torch.float64)
@@ -148,6 +149,7 @@ def test_svi_gives_the_same_parameters_as_the_stock_elbo():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 def test_particles_average():
     model, guide, x = build("mlp")
     y = torch.arange(len(x)) % 4

@@ -4,6 +4,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import thinned
 from nets import NETWORKS, blobs
 from torch import nn
 
@@ -81,7 +82,8 @@ def assert_same(together, alone):
             assert now == pytest.approx(then, rel=1e-10, abs=1e-10)
 
 
-@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", thinned(["shared", "example", "batch", "element"], keep=["shared", "batch"]))
 def test_replicas_are_what_fits_one_by_one_come_to(granularity):
     data = (problem(), problem(50, seed=1))
     settings = {**QUICK, "granularity": granularity, "kl_warmup_epochs": 2}
@@ -94,6 +96,7 @@ def test_replicas_are_what_fits_one_by_one_come_to(granularity):
     assert not torch.equal(masks[0], masks[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [200, 60, 7])
 def test_batches_of_any_size(batch_size):
     settings = {**QUICK, "batch_size": batch_size, "epochs": 2, "fine_tune_epochs": 1, "lr": 1e-3, "posterior_lr": 0.05}
@@ -101,6 +104,7 @@ def test_batches_of_any_size(batch_size):
     assert_same(together, apart(make(), SEEDS[:2], problem(), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "element"])
 def test_a_network_with_batch_norm_and_images_of_bytes(granularity):
     generator = torch.Generator().manual_seed(0)
@@ -131,6 +135,7 @@ def test_every_replica_draws_its_own_noise(guide, same):
     assert torch.allclose(one.model.net[0].weight, other.model.net[0].weight) == same
 
 
+@pytest.mark.slow
 def test_a_float32_ensemble_prunes_and_keeps_accuracy():
     x, y = problem(600, torch.float32)
     made = make(bmrs.TruncatedLogNormalGuide, dtype=torch.float32, kl_weight=1.0)
@@ -144,6 +149,7 @@ def test_a_float32_ensemble_prunes_and_keeps_accuracy():
         torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_seeds_repeat_the_run_and_leave_the_callers_random_state_alone():
     runs = []
     for _ in range(2):
@@ -155,6 +161,7 @@ def test_seeds_repeat_the_run_and_leave_the_callers_random_state_alone():
     assert torch.equal(runs[0][-1], torch.rand(3))
 
 
+@pytest.mark.slow
 def test_replicas_own_their_tensors():
     one, other = bmrs.fit_ensemble(make(), problem(), seeds=(0, 1), **QUICK)
     weight = one.model.net[0].weight
@@ -165,6 +172,7 @@ def test_replicas_own_their_tensors():
     assert torch.equal(other.model.net[0].weight, before)
 
 
+@pytest.mark.slow
 def test_callbacks_hear_of_their_own_replica(tmp_path):
     heard = {}
 
@@ -199,11 +207,13 @@ def test_callbacks_hear_of_their_own_replica(tmp_path):
         assert [json.loads(line) for line in lines] == replica.result.history
 
 
+@pytest.mark.slow
 def test_the_progress_bar_shows_means(capsys):
     bmrs.fit_ensemble(make(), problem(), problem(50), seeds=(0, 1), **{**QUICK, "progress": True})
     assert "11/11" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [(0, 2), (2, 0), (0, 0)])
 def test_either_phase_may_be_left_out(epochs):
     settings = {**QUICK, "epochs": epochs[0], "fine_tune_epochs": epochs[1]}
@@ -211,6 +221,7 @@ def test_either_phase_may_be_left_out(epochs):
     assert_same(together, apart(make(), (0, 1), problem(), **settings))
 
 
+@pytest.mark.slow
 def test_frozen_weights_and_a_likelihood_with_parameters():
     class Gaussian(nn.Module):
         def __init__(self):
@@ -323,7 +334,8 @@ def beta():
     return model, bmrs.BetaGuide(model)
 
 
-@pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", thinned(["shared", "example", "batch", "element"], keep=["shared"]))
 def test_beta_noise_is_fitted_at_once_as_one_by_one(granularity):
     settings = {**QUICK, "epochs": 20, "granularity": granularity}
     alone = []

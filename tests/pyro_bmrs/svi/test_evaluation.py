@@ -67,6 +67,7 @@ def test_any_distribution_of_pyro():
     assert found.metrics().keys() == {"log_likelihood_validation"}
 
 
+@pytest.mark.slow
 def test_a_fit_says_which_class_it_has_given_up():
     x = torch.cat([torch.randn(300, 4, generator=GENERATOR), torch.randn(40, 4, generator=GENERATOR) + 2.0])
     y = torch.tensor([0] * 300 + [1] * 40)

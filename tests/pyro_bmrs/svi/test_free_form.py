@@ -50,6 +50,7 @@ def brute_force(model, guide, x, y, draws=20, nodes=17):
     return -(torch.logsumexp(values / model.kl_weight, -1) + math.log(1 / 20_000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "y"), [(make, LABELS), (regression, NUMBERS)])
 @pytest.mark.parametrize("kl_weight", [1.0, 4.0])
 def test_evidence_is_near_that_of_brute_force(build, y, kl_weight):
@@ -69,6 +70,7 @@ def test_evidence_is_near_that_of_brute_force(build, y, kl_weight):
     assert (found.delta_f["2.theta"] - exact)[near].abs().mean() < (formula - exact)[near].abs().mean()
 
 
+@pytest.mark.slow
 def test_data_may_come_in_batches_and_the_random_state_is_left_alone():
     model, guide = make()
     state = torch.get_rng_state()
@@ -88,6 +90,7 @@ def test_removed_structures_have_none():
     assert found.standard_error["2.theta"].isnan().tolist() == [True] * 3 + [False] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heard", [False, True])
 def test_the_criterion_prunes(heard):
     model, guide = make(kl_weight=3.0)
@@ -118,6 +121,7 @@ def test_stages_judge_what_goes_together():
     assert model.noise["1.theta"].keep.all()
 
 
+@pytest.mark.slow
 def test_a_fit_by_the_data_is_resumed_to_the_bit(tmp_path):
     def fitted(**settings):
         model, guide = make(kl_weight=3.0)

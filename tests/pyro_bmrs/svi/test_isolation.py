@@ -84,6 +84,7 @@ def test_an_interruption_inside_a_step_poisons_nothing():
     assert math.isfinite(bmrs.fit(fresh, posterior, (x, y), **QUICK).history[-1]["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs the system's timer")
 @pytest.mark.parametrize("seconds", [0.005, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3])
 def test_an_interruption_at_any_moment_leaves_everything_as_it_was(seconds):
@@ -149,6 +150,7 @@ def test_a_number_of_examples_of_ones_own_counts_and_is_said():
         fitted(num_data=200)
 
 
+@pytest.mark.slow
 def test_a_fit_of_a_fitted_model_says_that_it_goes_on():
     model, guide, _ = fitted()
     with pytest.warns(bmrs.FitWarning, match="fitted before: this fit goes on from there"):
@@ -160,6 +162,7 @@ def test_a_fit_of_a_fitted_model_says_that_it_goes_on():
         bmrs.fit(model, guide, blobs(), **QUICK)
 
 
+@pytest.mark.slow
 def test_fits_in_threads_are_those_one_after_the_other():
     pairs = [small_classifier() for _ in range(3)]
     threads = [
@@ -182,6 +185,7 @@ class FitAgain(bmrs.Callback):
         bmrs.fit(*self.pair, blobs(), seed=5, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_fit_inside_a_callback_is_right_and_of_the_same_model_refused():
     expected = fitted()[1].loc
     model, guide = small_classifier()
@@ -204,6 +208,7 @@ def ended(**changes):
     return found[0] if found else ""
 
 
+@pytest.mark.slow
 def test_a_fit_that_prunes_well_says_nothing():
     assert ended(epochs=60, fine_tune_epochs=20, batch_size=20) == ""
 

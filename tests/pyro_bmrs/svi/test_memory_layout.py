@@ -57,6 +57,7 @@ def test_a_fit_ends_the_same_in_either_layout(shrink):
     assert not model.net[3].weight.is_contiguous()
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_resumes_to_the_same_end(tmp_path):
     whole, resumed = program(True), program(True)
     bmrs.fit(*whole, images(), epochs=6, folder=tmp_path / "whole", **SETTINGS)
@@ -66,6 +67,7 @@ def test_an_interrupted_fit_resumes_to_the_same_end(tmp_path):
     torch.testing.assert_close(ends(*resumed), ends(*whole), rtol=0, atol=0)
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_fit_ends_like_an_eager_one():
     found = []
     for compiled in (False, True):

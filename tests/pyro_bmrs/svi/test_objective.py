@@ -30,6 +30,7 @@ def loss_and_gradients(objective):
     return grad_and_value(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch"])
 def test_a_graph_traced_at_the_first_parameters_holds_for_all_others(granularity, dtype, fixed_draws):

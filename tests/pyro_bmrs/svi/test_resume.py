@@ -194,6 +194,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_checkpoint_that_does_not_fit_is_refused_whole(interrupted, damage, tmp_path):
     (tmp_path / FILE).parent.mkdir()
@@ -213,6 +214,7 @@ def test_a_changed_checkpoint_is_found_by_its_checksum(interrupted, tmp_path):
         fit(tmp_path)
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_checkpoint_are_found(interrupted, tmp_path):
     whole, chance = (interrupted / FILE).read_bytes(), random.Random(0)
     for _ in range(300):
@@ -223,6 +225,7 @@ def test_flipped_bits_of_a_checkpoint_are_found(interrupted, tmp_path):
             read_checkpoint(tmp_path / "fit")
 
 
+@pytest.mark.slow
 def test_the_same_problem_is_gone_on_from(interrupted, tmp_path):
     (tmp_path / FILE).parent.mkdir()
     (tmp_path / FILE).write_bytes((interrupted / FILE).read_bytes())
@@ -232,6 +235,7 @@ def test_the_same_problem_is_gone_on_from(interrupted, tmp_path):
     assert all(torch.equal(resumed.scores[site], whole.scores[site]) for site in whole.scores)
 
 
+@pytest.mark.slow
 def test_two_fits_in_one_folder_are_refused(tmp_path):
     fit(tmp_path, stop=None, resume=False)
     with FileLock(tmp_path / "checkpoint" / "fit.lock"), pytest.raises(RuntimeError, match="another fit is running in"):
@@ -253,6 +257,7 @@ def test_a_fit_within_a_fit_in_its_folder_is_refused(tmp_path):
         bmrs.fit(model, guide, blobs(), folder=tmp_path, callbacks=[FitThere(tmp_path)], **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_broken_last_line_of_the_metrics_is_mended(finished, tmp_path):
     if finished:

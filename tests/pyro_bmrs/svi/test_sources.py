@@ -79,6 +79,7 @@ def stateful(**arguments):
         return loader(Augmented(), batch_size=16, shuffle=True, **arguments)
 
 
+@pytest.mark.slow
 def test_a_dataset_trains_as_its_tensors_do():
     expected, _ = fitted((X, Y), batch_size=16)
     found, result = fitted(Rows(), Rows(), net=None, batch_size=16, unpack=lambda batch: (batch["x"], batch["labels"]))
@@ -89,6 +90,7 @@ def test_a_dataset_trains_as_its_tensors_do():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
     [
@@ -130,6 +132,7 @@ def test_examples_are_counted(data, size, steps):
     assert len(list(source.ordered())) in (steps, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -177,6 +180,7 @@ def test_random_numbers_of_the_caller_are_left_alone():
     assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_workers_load():
     _, result = fitted(DataLoader(Augmented(), batch_size=30, shuffle=True, num_workers=1), epochs=1)
     assert len(result.history) == 2

@@ -19,6 +19,7 @@ def build():
     return model, bmrs.TruncatedLogNormalGuide(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remove", "cost"), [(0.3, "parameters"), (0.8, "parameters"), (0.9, "flops")])
 def test_the_size_is_reached(remove, cost):
     model, guide = build()
@@ -37,6 +38,7 @@ def test_the_size_is_reached(remove, cost):
     assert model.kl_weight == 1.0
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_goes_on_with_its_multiplier(tmp_path):
     ends = []
     for folder in ("whole", "parts"):
@@ -51,6 +53,7 @@ def test_a_resumed_fit_goes_on_with_its_multiplier(tmp_path):
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.slow
 def test_no_site_is_emptied():
     model, guide = build()
     result = bmrs.fit(model, guide, (X, Y), pruning=bmrs.ToSize(0.97), **SETTINGS)

@@ -18,6 +18,7 @@ from pyro_bmrs.svi.devices import resolve_device
 QUICK = {"epochs": 6, "fine_tune_epochs": 2, "batch_size": 50, "lr": 1e-2, "seed": 0, "progress": False}
 
 
+@pytest.mark.slow
 def test_prunes_what_is_irrelevant_and_keeps_accuracy():
     x, y = blobs(600)
     model, guide = small_classifier(hidden=32)
@@ -29,6 +30,7 @@ def test_prunes_what_is_irrelevant_and_keeps_accuracy():
     assert model.num_data is None
 
 
+@pytest.mark.slow
 def test_history_and_masks_agree_with_the_surgery():
     x, y = blobs()
     model, guide = small_classifier()
@@ -62,6 +64,7 @@ def test_a_seed_repeats_the_run_and_leaves_the_callers_random_state_alone():
     assert torch.equal(runs[0][-1], torch.rand(3))
 
 
+@pytest.mark.slow
 def test_removed_structures_keep_the_posterior_they_were_removed_for():
     x, y = blobs()
     model, guide = small_classifier()
@@ -75,6 +78,7 @@ def test_removed_structures_keep_the_posterior_they_were_removed_for():
     torch.testing.assert_close(now[removed], result.scores[site][removed])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 def test_all_granularities_train(granularity):
     x, y = blobs()
@@ -129,6 +133,7 @@ def test_continuous_pruning_keeps_its_schedule():
     assert [epoch for epoch in range(1, 6) if bmrs.Continuous().is_due(epoch, kl_warmup_epochs=3)] == [4, 5]
 
 
+@pytest.mark.slow
 def test_shrinking_while_training_is_masking():
     x, y = data()
     fits = []
@@ -154,6 +159,7 @@ def test_shrinking_while_training_is_masking():
     assert sum(count for _, removed in fits[0][3] for count in removed.values()) > 10
 
 
+@pytest.mark.slow
 def test_compiled_fits_prune_and_end_as_others_do(monkeypatch):
     """With the graph run as it is: what inductor makes of it is tested on its own."""
     monkeypatch.setattr("pyro_bmrs.svi.compiled.CompiledStep", functools.partial(CompiledStep, backend="eager"))
@@ -215,6 +221,7 @@ def test_post_training_pruning_removes_by_score_level_by_level(stop):
         assert result.masks["2.theta"].tolist() == [False] * 10 + [True] * 6
 
 
+@pytest.mark.slow
 def test_a_normal_regression():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=generator)

@@ -31,6 +31,7 @@ def test_equals_the_stock_elbo():
     torch.testing.assert_close(guide.kl(), kl_divergence(guide.flat_posterior(), Beta(1.0, 3.0)).sum())
 
 
+@pytest.mark.slow
 def test_fit_prunes_with_the_evidence_of_its_own_spike():
     x, y = blobs(600)
     model, guide = classifier()

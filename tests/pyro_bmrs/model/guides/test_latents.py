@@ -59,6 +59,7 @@ def fitted(layer=bayesian_layer, guide_class=AutoNormal, **settings):
     return model, guide, result
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_pyro():
     model, guide, _ = fitted(fine_tune_epochs=0)
     model.kl_weight = 3.0
@@ -73,6 +74,7 @@ def test_the_loss_is_that_of_pyro():
     assert all(not torch.equal(*pair) for pair in zip(before, guide.latents.module.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_conjugate_posterior_is_found():
     """A linear regression whose only noise stays at 1: its weights have the posterior that algebra gives."""
     torch.manual_seed(0)
@@ -107,6 +109,7 @@ def test_layers_with_priors_are_fitted_and_cut(layer):
     assert bmrs.count_parameters(model.net) == dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta, AutoMultivariateNormal, AutoIAFNormal])
 def test_guides_of_other_sites(guide_class):
     model, guide, _ = fitted(guide_class=guide_class)
@@ -132,6 +135,7 @@ def test_a_scale_drawn_in_the_forward_pass_is_fitted_and_not_compacted():
         bmrs.compact(model, guide, None, X[:2])
 
 
+@pytest.mark.slow
 def test_one_autoguide_for_all_of_it():
     model, _ = make()
     guide = AutoNormal(model)
@@ -146,6 +150,7 @@ def test_one_autoguide_for_all_of_it():
     assert bmrs.evaluate(model, guide, (X, Y), draws=5).kl > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_is_the_same(tmp_path):
     _, whole, _ = fitted()
 

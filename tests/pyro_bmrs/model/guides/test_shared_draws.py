@@ -31,6 +31,7 @@ def ranks(guide, draws):
     return guide.posterior()["1.theta"].cdf(draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_draw_is_exact_and_a_batch_has_one_in_each_stratum(dtype):
     torch.manual_seed(0)
@@ -91,6 +92,7 @@ def gradients(objective, parameters, repeats, first_seed=0):
     return torch.stack(found).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [5, 60], ids=["hardly any structure is noise", "many are"])
 def test_gradients_are_unbiased_and_about_as_noisy_as_with_a_draw_for_each_example(epochs):
     torch.manual_seed(0)
