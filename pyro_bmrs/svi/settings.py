@@ -135,7 +135,9 @@ def checked_settings(function: str, settings: Mapping[str, Any]) -> FitSettings:
     """
     for name in settings:
         if name not in _DEFAULTS:
-            raise TypeError(f"{function} has no keyword {name!r}; it has its own and {', '.join(_DEFAULTS)}")
+            raise TypeError(
+                f"{function} got an unexpected keyword argument {name!r}: it takes its own and {', '.join(_DEFAULTS)}"
+            )
     merged: FitSettings = {**_DEFAULTS, **settings}  # type: ignore[typeddict-item]
     _check_choices(merged["criterion"], merged["pruning"])
     check_flag("progress", merged["progress"])

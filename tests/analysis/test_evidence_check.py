@@ -6,6 +6,8 @@ import torch
 
 from analysis.evidence_check import EvidenceCheck, format_table, main
 
+pytestmark = pytest.mark.slow  # one fixture for all
+
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
@@ -15,7 +17,6 @@ def checked(tmp_path_factory):
     return main(EvidenceCheck(**small, output=folder)), folder
 
 
-@pytest.mark.slow
 def test_predictions_are_set_beside_the_truth(checked):
     report, folder = checked
     assert json.loads((folder / "check.json").read_text()) == report

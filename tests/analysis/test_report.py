@@ -9,6 +9,8 @@ from analysis.quickstart import Quickstart
 from analysis.quickstart import main as quickstart
 from analysis.report import Report, main, render
 
+pytestmark = pytest.mark.slow  # one fixture for all
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -38,7 +40,6 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
-@pytest.mark.slow
 def test_the_page_says_what_the_run_came_to(run, capsys):
     folder, results = run
     path = main(Report(folder))

@@ -257,9 +257,11 @@ def test_structures_of_another_network_are_refused():
 
 
 def test_keywords_that_are_none_are_named():
-    with pytest.raises(TypeError, match="fit has no keyword 'epoch'; it has its own and criterion, pruning, epochs"):
+    with pytest.raises(
+        TypeError, match="fit got an unexpected keyword argument 'epoch': it takes its own and criterion, pruning"
+    ):
         bmrs.fit(*small_classifier(), blobs(), epoch=3)
-    with pytest.raises(TypeError, match="fit_ensemble has no keyword 'folder'"):
+    with pytest.raises(TypeError, match="fit_ensemble got an unexpected keyword argument 'folder'"):
         bmrs.fit_ensemble(small_classifier, blobs(), seeds=[0], folder="here")
 
 
