@@ -66,6 +66,7 @@ def test_texts_do_not_overlap_and_axes_are_labelled(maker, cells):
     assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_networks_of_other_shapes_have_a_trade_off_too(count):
     cells = [MNIST, ("lenet5_caffe", "mnist"), ("mlp_inputs", "mnist"), ("mlp_inputs", "cifar10"), ("mlp", "mnist")]
@@ -213,6 +214,7 @@ def test_every_figure_there_are_results_for_is_written_the_same_each_time(tmp_pa
     assert plt.get_fignums() == []
 
 
+@pytest.mark.slow
 def test_figures_without_results_are_left_out(tmp_path):
     table1 = [result(*MNIST, method, 0, 80, 98) for method in ("BMRS_N", "BMRS_U-8", "BMRS_U-4")]
     assert [path.name for path in draw(table1, tmp_path)] == ["tradeoff.pdf", "tradeoff.svg", "tradeoff.png"]

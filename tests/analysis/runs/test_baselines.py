@@ -53,6 +53,7 @@ def test_a_baseline_meets_its_budget_and_keeps_its_outputs(make, importance, ran
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_baseline_learns_and_finds_the_features_of_a_small_problem(importance):
     torch.manual_seed(0)
@@ -63,6 +64,7 @@ def test_a_baseline_learns_and_finds_the_features_of_a_small_problem(importance)
     assert baseline[0].out_features == baseline[3].in_features <= 9
 
 
+@pytest.mark.slow
 def test_every_structure_of_a_residual_network_may_go():
     model, _, x = build("resnet", batch=40)
     y = torch.randint(4, (40,))

@@ -76,6 +76,7 @@ def _digits():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_digits")
 @over_reduced
 @pytest.mark.parametrize("case", MODERATE)

@@ -32,6 +32,7 @@ def context():
     return bmrs.PruningContext(model, guide, bmrs.find_structures(model.net, x), x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ALL, ids=repr)
 def test_scores_are_finite_and_one_a_structure(criterion, context):
     scores = criterion.scores(context)
@@ -41,6 +42,7 @@ def test_scores_are_finite_and_one_a_structure(criterion, context):
     assert all(bool(torch.isfinite(score).all()) for score in scores.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ALL, ids=repr)
 def test_what_has_been_removed_is_not_supported_again(criterion, context):
     for site, layer in context.model.noise.items():

@@ -26,6 +26,7 @@ def fitted():
     return model, guide, (x[:50], y[:50])
 
 
+@pytest.mark.slow
 def test_pointwise_values_are_those_of_each_draw(fitted):
     model, guide, (x, y) = fitted
     data = bmrs.to_arviz(model, guide, (x, y), draws=7)

@@ -82,6 +82,7 @@ def test_all_are_read_by_a_fresh_process(tmp_path):
     assert {folder: int(count) for folder, _, count in lines} == counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_network_of_one_kind_of_attention_is_read_as_another(attention, tmp_path):
     import transformers
@@ -104,6 +105,7 @@ def test_a_network_of_no_config_is_refused(tmp_path):
         huggingface.from_pretrained(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_a_class_that_transformers_lacks_is_asked_for(tmp_path):
     small, _ = pruned("hf_vit")
     huggingface.save_pretrained(small, tmp_path)

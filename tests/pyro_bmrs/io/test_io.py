@@ -94,6 +94,7 @@ def test_models_and_guides_are_put_back(tmp_path):
     assert torch.equal(bmrs.predict(other_model, other_guide, x), bmrs.predict(model, guide, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.999])
 def test_truncated_tensors_are_refused(saved, keep):
     _, path, _ = saved
@@ -104,6 +105,7 @@ def test_truncated_tensors_are_refused(saved, keep):
         bmrs.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", '{"format": "pyro-b', "[]", '{"format": "other/1", "network": {}}', "\xff"])
 def test_truncated_or_foreign_descriptions_are_refused(saved, content):
     _, path, _ = saved
@@ -125,6 +127,7 @@ def test_a_pickle_is_refused_and_not_run(saved, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["os.system", "Module.forward", "functional", "parallel", "", None, 3])
 def test_a_layer_that_is_none_of_torchs_is_refused(saved, kind):
     _, path, _ = saved

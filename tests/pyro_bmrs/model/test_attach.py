@@ -166,6 +166,7 @@ def test_the_network_stays_what_it_was(name):
     torch.testing.assert_close(net(x), expected, **EXACT)  # masks keep all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("used", [False, True])
 def test_detach_gives_it_back(name, used):
@@ -269,6 +270,7 @@ def loss_and_gradients(elbo, model, guide, x, y, seed=1):
     return loss.detach(), {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_loss_and_gradients_are_those_of_the_stock_elbo(name, pruned):

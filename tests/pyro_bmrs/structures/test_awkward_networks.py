@@ -639,6 +639,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("noise", [inside, outside])
 def test_what_the_example_looks_like_does_not_matter(example, noise):
@@ -887,6 +888,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics(noise, compile):  # noqa: A002
     assert check_exact(model, guide, x, inputs(IMAGE, 7, seed=5)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [inside, outside])
 @pytest.mark.parametrize("case", ["noise on a sum", "two names", "encoder, dropout", "one channel", "small outputs"])
 def test_inside_autocast(case, noise):

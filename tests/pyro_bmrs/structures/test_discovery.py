@@ -165,6 +165,7 @@ def test_what_does_not_run_is_said_to():
         bmrs.find_structures(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), outputs=["nothing"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_operation_has_a_rule_that_takes_it_or_is_named(name, monkeypatch):
     seen = []

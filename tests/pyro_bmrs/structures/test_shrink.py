@@ -127,6 +127,7 @@ def test_noise_of_every_element_changes_nothing(name):
     check_same_state(shrunk, masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_any_optimizer_that_works_elementwise(optimizer):
     masked, shrunk = two_runs("batch_norm", optimizer)
@@ -157,6 +158,7 @@ def random_masks_of(sizes, seed, keep):
     return {site: torch.rand(size, generator=generator) < keep for site, size in sizes.items()}
 
 
+@pytest.mark.slow
 def test_a_site_that_loses_all_keeps_one_masked_structure():
     masked, shrunk = two_runs("lenet5")
     masks = {**random_masks(masked.model), "fc1_noise.theta": torch.zeros(120, dtype=torch.bool)}
@@ -169,6 +171,7 @@ def test_a_site_that_loses_all_keeps_one_masked_structure():
     check_same_state(shrunk, masked)
 
 
+@pytest.mark.slow
 def test_all_that_is_known_of_the_network_is_right_afterwards():
     model, guide, x = build("lenet5", dtype=torch.float64)
     run = Run(model, guide, x)
@@ -284,6 +287,7 @@ def test_what_padding_hides_stays():
     check_net(net, (1, 6, 6), {"1.theta": [1, 2]}, {"1.theta": 4})
 
 
+@pytest.mark.slow
 def test_positions_that_a_filter_produces_all_at_once_stay():
     def net():
         return nn.Sequential(nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Flatten(), bmrs.MultiplicativeNoise(6), nn.Linear(6, 3))
@@ -347,6 +351,7 @@ class Joined(nn.Module):
         return self.out(self.noise(torch.cat([self.a(x), self.b(x)], 1).relu()))
 
 
+@pytest.mark.slow
 def test_each_of_the_layers_that_are_joined_keeps_a_structure():
     check_net(Joined, (4,), {"noise.theta": [0, 3]}, {"noise.theta": 3})
     check_net(Joined, (4,), {"noise.theta": [0, 3, 4]}, {"noise.theta": 3})

@@ -29,6 +29,7 @@ def objective_of(name, device="cpu", **elbo):
     return NoisyObjective(model, guide, bmrs.MeanFieldELBO(**elbo)).to(device), x.to(device), y.to(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "batch_norm"])
 def test_the_host_waits_for_nothing_inside_a_step(name, granularity, monkeypatch):

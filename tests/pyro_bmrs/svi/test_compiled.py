@@ -56,6 +56,7 @@ def test_noise_is_fresh_at_each_call_and_a_seed_repeats_it():
     assert losses == [float(step(x, y, 1.0)) for _ in range(4)]
 
 
+@pytest.mark.slow
 def test_tracing_leaves_random_stream_and_buffers_alone():
     objective, x, y = objective_of("batch_norm")
     step = CompiledStep(objective, backend="eager")
@@ -94,6 +95,7 @@ def test_nothing_but_another_layout_or_mode_traces_again():
     assert step.traces == 3
 
 
+@pytest.mark.slow
 def test_masks_and_weights_of_the_kl_that_change_are_followed():
     objective, x, y = objective_of("mlp")
     step = CompiledStep(objective, backend="eager")
@@ -111,6 +113,7 @@ def test_masks_and_weights_of_the_kl_that_change_are_followed():
     assert not objective.guide.loc.grad[removed].any()
 
 
+@pytest.mark.slow
 def test_a_smaller_network_in_the_same_objective_gets_its_own_graph():
     objective, x, y = objective_of("mlp")
     step = CompiledStep(objective, backend="eager")

@@ -113,6 +113,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), OTHERS.values(), ids=OTHERS)
 def test_a_checkpoint_of_another_problem_is_refused(interrupted, change, message):
     written = (interrupted / FILE).read_bytes()
