@@ -6,6 +6,7 @@ reduction compares the two in closed form from the guide's parameters; what the 
 
 from typing import TYPE_CHECKING, Any
 
+from pyro_bmrs._version import __version__ as __version__
 from pyro_bmrs.bmr import (
     UnreliableEvidenceWarning,
     estimate_evidence_change,
@@ -80,8 +81,6 @@ if TYPE_CHECKING:
         plot_reduction,
     )
     from pyro_bmrs.inspection.reliability import plot_reliability
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BMRS_N",

@@ -1,9 +1,7 @@
 """A fitted posterior in ArviZ's container: draws of the noise, what they say of data, and what the evidence says."""
 
 import json
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from pyro_bmrs.bmr import evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.criteria import BMRS_N, BMRS_U
 from pyro_bmrs.inspection.draws import each_draw, log_prior, on_host
+from pyro_bmrs.inspection.versions import versions
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.randomness import local_seed
@@ -219,13 +218,13 @@ def _log_ratios(
 
 def _attributes(model: NoisyNetwork, draws: int, seed: int) -> dict[str, Any]:
     settings = {"kl_weight": model.kl_weight, "kl_weights": model.kl_weights, "num_data": model.num_data}
-    packages = {name: version(name) for name in ("pyro-bmrs", "pyro-ppl", "torch")}
+    packages = versions()
     weights = "the posterior's mean" if model.fine_tuned else "draws of the noise" if model.fitted else "nothing here"
     return {
         "inference_library": "pyro-bmrs",
         "inference_library_version": packages["pyro-bmrs"],
         "settings": json.dumps({**settings, "draws": draws}),
         "seed": seed,
-        "versions": json.dumps({"python": platform.python_version(), **packages}),
+        "versions": json.dumps(packages),
         "weights_trained_for": weights,
     }

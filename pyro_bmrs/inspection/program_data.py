@@ -1,10 +1,8 @@
 """Any Pyro program that has been fitted by SVI, in ArviZ's container, which ArviZ itself makes of MCMC only."""
 
 import json
-import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from pyro_bmrs.checks import check_integer, check_seed, described
 from pyro_bmrs.inspection.draws import on_host
+from pyro_bmrs.inspection.versions import versions
 from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import refusing
 
@@ -80,14 +79,14 @@ def guide_to_arviz(
     groups = {group: {name: np.stack(each)[None] for name, each in found.items()} for group, found in values.items()}
     if observed:
         groups["observed_data"] = observed
-    packages = {name: version(name) for name in ("pyro-bmrs", "pyro-ppl", "torch")}
+    packages = versions()
     attributes = {
         "inference_library": "pyro-ppl",
         "inference_library_version": packages["pyro-ppl"],
         "guide": type(guide).__name__,
         "draws": draws,
         "seed": seed,
-        "versions": json.dumps({"python": platform.python_version(), **packages}),
+        "versions": json.dumps(packages),
     }
     return from_dict(groups, {}, {}, attributes)
 

@@ -137,10 +137,10 @@ class Checkpointing:
         for name, each in self._parts().items():
             each.restore(part(state, name))
         self._check_probe(part(state, "probe").tensors)
-        run.position, run.seconds_before = position, float(of_fit.info["seconds"])
-        entries = self.member.history.entries
-        if not (math.isfinite(run.seconds_before) and len(entries) <= position):
+        entries, seconds = self.member.history.entries, float(of_fit.info["seconds"])
+        if not (math.isfinite(seconds) and len(entries) <= position):
             raise ValueError("its history is none of this fit")
+        run.resume_at(position, seconds)
         self._saved_at = len(entries)
 
     def _check_probe(self, then: dict[str, Tensor]) -> None:

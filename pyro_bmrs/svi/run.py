@@ -78,7 +78,6 @@ class Run:
 
     Attributes:
         position: Number of epochs of the plan that are behind.
-        seconds_before: Wall time of the sessions before this one.
     """
 
     def __init__(
@@ -89,13 +88,17 @@ class Run:
         self.steering = pruning.steering(members[0].pruner, self.noisy_epochs * trainer.steps_per_epoch)
         if self.steering is not None:
             trainer.multiplier = FIRST_MULTIPLIER
-        self.position, self.seconds_before = 0, 0.0
+        self.position, self._seconds_before = 0, 0.0
         self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Wall time so far, all sessions of a resumed fit together."""
-        return self.seconds_before + time.perf_counter() - self._started
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def resume_at(self, position: int, seconds: float) -> None:
+        """Go on after ``position`` epochs, which took ``seconds`` in the sessions before this one."""
+        self.position, self._seconds_before = position, seconds
 
     def go(self, after_epoch: Callable[[], None] | None = None, summary: Callback | None = None) -> None:
         """Run the epochs of the plan from the present position on, if there are any.

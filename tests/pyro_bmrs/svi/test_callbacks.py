@@ -92,6 +92,7 @@ def test_json_lines_survive_a_full_disk(tmp_path):
 
 
 def test_fabrics_loggers_get_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
     loggers = [TensorBoardLogger(tmp_path / "tensorboard"), CSVLogger(tmp_path / "csv", flush_logs_every_n_steps=1)]
     fabric = Fabric(accelerator="cpu", devices=1, loggers=loggers)
     result = bmrs.fit(*small_classifier(), blobs(), fabric=fabric, **QUICK)
