@@ -84,6 +84,14 @@ def test_a_score_that_is_no_number_removes_nothing(context):
     assert not any(bool(removed.any()) for removed in Broken().removable(context).values())
 
 
+def test_a_score_of_exactly_zero_removes(context):
+    class Even(bmrs.Criterion):
+        def scores(self, context):
+            return {site: torch.zeros(size) for site, size in context.model.sizes.items()}
+
+    assert all(bool(removed.all()) for removed in Even().removable(context).values())
+
+
 @pytest.mark.parametrize("kind", [bmrs.WeightNorm, bmrs.GradientWeightNorm, bmrs.Random])
 def test_rankings_match_the_compression_of_another_criterion(kind, context):
     match = bmrs.BMRS_N(prior_log_odds=math.log(3))

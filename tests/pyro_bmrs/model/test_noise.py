@@ -103,3 +103,16 @@ def test_a_copy_made_after_a_removal_masks_too():
     net[1].remove(torch.tensor([True, False, True, False]))
     again = copy.deepcopy(net)
     assert torch.equal(again(torch.ones(1, 3)) == 0, torch.tensor([[True, False, True, False]]))
+
+
+def test_a_removed_structure_is_off_whatever_its_noise():
+    net = nn.Sequential(bmrs.MultiplicativeNoise(3), nn.Identity())
+    model = bmrs.NoisyNetwork(net, likelihood=lambda out: dist.Normal(out, 1).to_event(1))
+    x, theta = torch.ones(4, 3), torch.tensor([0.5, 2.0, 3.0])
+    net[0].remove(torch.tensor([False, True, False]))
+    off = torch.tensor([0.5, 0.0, 3.0]).expand(4, 3)
+    assert torch.equal(model.run(x, {"0.theta": theta}), off)
+    assert torch.equal(model.run(x, {"0.theta": theta.expand(4, 3)}), off)
+    with fix_noise({"0.theta": theta}):
+        assert torch.equal(net(x), off)
+    assert torch.equal(model.run(x, {"0.theta": theta}, masked=False), theta.expand(4, 3))
