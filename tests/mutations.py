@@ -1,7 +1,7 @@
-"""Break the library in one place after the other, and see that its tests notice: python tests/mutations.py.
+"""Break the library in one place after the other, and see that its tests notice: python tests/mutations.py [PATH ...].
 
 Each mutation changes one expression in a copy of the checkout, and runs the tests of the file that it is in. Prints
-which were caught, and exits with 1 unless all were.
+which were caught, and exits with 1 unless all were. With paths, such as svi/run.py, only those in these files.
 """
 
 import os
@@ -104,15 +104,15 @@ def survives(mutation):
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode == 0
 
 
-def main():
-    survived = 0
-    for mutation in MUTATIONS:
+def main(paths):
+    survived, chosen = 0, [each for each in MUTATIONS if not paths or each.path in paths]
+    for mutation in chosen:
         alive = survives(mutation)
         survived += alive
         print(f"{'SURVIVED' if alive else 'caught'}: {mutation.path}: {mutation.after}", flush=True)
-    print(f"{len(MUTATIONS) - survived} of {len(MUTATIONS)} caught")
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
     return survived
 
 
 if __name__ == "__main__":
-    sys.exit(main() > 0)
+    sys.exit(main(sys.argv[1:]) > 0)
