@@ -22,7 +22,6 @@ from analysis.data.sets import Split, digits, load
 from analysis.drawing.prior_figures import draw_figures
 from models import mlp
 from pyro_bmrs.io.files import write_json
-from pyro_bmrs.svi.ensemble import EnsembleMember
 
 __all__ = ["ComparePriors", "format_table", "main"]
 
@@ -119,7 +118,7 @@ def _begun(config: ComparePriors, output: Path) -> dict[str, Any]:
     }
 
 
-def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Split) -> list[EnsembleMember]:
+def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Split) -> list[bmrs.EnsembleMember]:
     """Return the fits of all seeds: at once, but one by one where there is more than noise."""
     shared: dict[str, Any] = {
         **{name: settings[name] for name in ("epochs", "batch_size", "lr", "posterior_lr")},
@@ -137,7 +136,9 @@ def _fitted(settings: dict[str, Any], noise: Noise, kl_weight: float, split: Spl
     for seed in settings["seeds"]:
         torch.manual_seed(seed)
         model, guide = make()
-        replicas.append(EnsembleMember(seed, model, guide, bmrs.fit(model, guide, split.train, seed=seed, **shared)))
+        replicas.append(
+            bmrs.EnsembleMember(seed, model, guide, bmrs.fit(model, guide, split.train, seed=seed, **shared))
+        )
     return replicas
 
 
@@ -145,7 +146,7 @@ def _fine_tune_epochs(settings: dict[str, Any]) -> int:
     return int(settings["epochs"]) // (3 if settings["data"] == "digits" else 2)
 
 
-def _judged(replicas: list[EnsembleMember], split: Split, draws: int) -> dict[str, list[Any]]:
+def _judged(replicas: list[bmrs.EnsembleMember], split: Split, draws: int) -> dict[str, list[Any]]:
     """Return the scores of each seed, by name."""
     found: dict[str, list[Any]] = {}
     for replica in replicas:
@@ -171,7 +172,7 @@ def _posterior_file(output: Path, prior: str) -> Path:
     return output / "posteriors" / f"{re.sub(r'[^a-z0-9]+', '_', prior.lower()).strip('_')}.nc"
 
 
-def _keep_posterior(replica: EnsembleMember, split: Split, draws: int, path: Path) -> None:
+def _keep_posterior(replica: bmrs.EnsembleMember, split: Split, draws: int, path: Path) -> None:
     """Write what ArviZ compares: draws of the posterior, and what they say of training examples."""
     x, y = split.train
     data = bmrs.to_arviz(replica.model, replica.guide, (x[:_LOOKED_AT], y[:_LOOKED_AT]), draws=draws)

@@ -33,7 +33,7 @@ from pyro_bmrs.criteria import (
     WeightNorm,
 )
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inspection.evaluation import evaluate
+from pyro_bmrs.inspection.evaluation import PredictiveEvaluation, evaluate
 from pyro_bmrs.inspection.evidence import evidence_changes
 from pyro_bmrs.inspection.inference_data import to_arviz
 from pyro_bmrs.inspection.program_data import guide_to_arviz
@@ -47,7 +47,7 @@ from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.model.noise import MultiplicativeNoise
 from pyro_bmrs.model.prediction import predict
 from pyro_bmrs.model.sampling import sampled_noise
-from pyro_bmrs.pipeline.prune import prune
+from pyro_bmrs.pipeline.prune import Pruned, prune
 from pyro_bmrs.structures.any_guide import noise_posterior
 from pyro_bmrs.structures.compact import compact
 from pyro_bmrs.structures.cost import (
@@ -59,9 +59,10 @@ from pyro_bmrs.structures.cost import (
 )
 from pyro_bmrs.structures.discovery import find_structures
 from pyro_bmrs.structures.shrink import shrink
+from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.svi.callbacks import Callback, EnergyTracker
 from pyro_bmrs.svi.elbo import MeanFieldELBO
-from pyro_bmrs.svi.ensemble import fit_ensemble
+from pyro_bmrs.svi.ensemble import EnsembleMember, fit_ensemble
 from pyro_bmrs.svi.fit import fit
 from pyro_bmrs.svi.free_form import free_form_evidence
 from pyro_bmrs.svi.free_form_criterion import FreeFormCriterion
@@ -91,6 +92,7 @@ __all__ = [
     "Continuous",
     "Criterion",
     "EnergyTracker",
+    "EnsembleMember",
     "EvidenceCriterion",
     "FitResult",
     "FitSettings",
@@ -104,8 +106,11 @@ __all__ = [
     "NoisyNetwork",
     "PostTraining",
     "PosteriorMean",
+    "PredictiveEvaluation",
+    "Pruned",
     "PruningContext",
     "Random",
+    "StructureSet",
     "ToSize",
     "TrainingGradients",
     "Trajectories",

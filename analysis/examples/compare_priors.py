@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.inspection.evaluation import PredictiveEvaluation
 
 __all__ = ["main"]
 
@@ -17,7 +16,7 @@ PRIORS = {
 }
 
 
-def main() -> dict[str, PredictiveEvaluation]:
+def main() -> dict[str, bmrs.PredictiveEvaluation]:
     """Fit the same network under two priors, and print what each removes and how well it predicts."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1200, 12, generator=generator)

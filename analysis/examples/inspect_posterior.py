@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.inspection.evaluation import PredictiveEvaluation
 
 __all__ = ["main"]
 
 
-def main(folder: str = ".") -> PredictiveEvaluation:
+def main(folder: str = ".") -> bmrs.PredictiveEvaluation:
     """Fit a small network, and ask its posterior what ArviZ and the evidence have to say; return its scores."""
     torch.manual_seed(0)
     x = torch.randn(1200, 12)  # of which two matter

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.svi.ensemble import EnsembleMember
 
 __all__ = ["main"]
 
@@ -16,7 +15,7 @@ def make() -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGuide]:
     return model, bmrs.TruncatedLogNormalGuide(model)
 
 
-def main(folder: str = "run") -> tuple[bmrs.FitResult, list[EnsembleMember]]:
+def main(folder: str = "run") -> tuple[bmrs.FitResult, list[bmrs.EnsembleMember]]:
     """Run both and return their results."""
     x = torch.randn(1000, 20)
     data = (x, (x[:, 0] > 0).long())

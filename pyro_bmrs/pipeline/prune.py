@@ -50,6 +50,13 @@ class Pruned:
         comparison: The network as it was given, and the smaller one.
         masked_parameters: Parameters that would be left if every removed structure lost only the rows that make it, as
             papers count whose networks are only masked; None where noise was placed by hand.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.randn(64, 4)
+        >>> pruned = bmrs.prune(net, (x, (x[:, 0] > 0).long()), epochs=100, seed=0, progress=False)
+        >>> pruned.network[0].out_features == pruned.result.masks["0.theta"].sum()
+        tensor(True)
     """
 
     network: nn.Module

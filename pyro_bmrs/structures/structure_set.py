@@ -76,6 +76,12 @@ class StructureSet(Mapping[str, Structure]):
 
     Attributes:
         refused: As given, and so are ``record`` and ``proved``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Softmax(-1))
+        >>> structures = bmrs.find_structures(net, torch.randn(2, 4))
+        >>> list(structures), structures["0"].size, structures.proved
+        (['0'], 8, True)
     """
 
     def __init__(

@@ -52,6 +52,16 @@ class EnsembleMember:
         model: Its model, fitted.
         guide: Its guide, fitted.
         result: What ``fit`` would have returned, but ``seconds``, there and in the history, are all replicas' together.
+
+    Example:
+        >>> def make():
+        ...     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+        ...     model = bmrs.NoisyNetwork(net)
+        ...     return model, bmrs.TruncatedLogNormalGuide(model)
+        >>> data = torch.randn(20, 4), torch.arange(20) % 2
+        >>> few = {"epochs": 2, "criterion": None, "progress": False}
+        >>> [(each.seed, len(each.result.history)) for each in bmrs.fit_ensemble(make, data, seeds=(3, 5), **few)]
+        [(3, 3), (5, 3)]
     """
 
     seed: int

@@ -10,7 +10,6 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.svi.callbacks import JSONLines
-from pyro_bmrs.svi.ensemble import EnsembleMember
 from pyro_bmrs.svi.replicas import Stack
 
 SEEDS = (3, 0, 7)
@@ -57,7 +56,7 @@ def apart(made, seeds, *data, **settings):
     for seed in seeds:
         torch.manual_seed(seed)
         model, guide = made()
-        replicas.append(EnsembleMember(seed, model, guide, bmrs.fit(model, guide, *data, seed=seed, **settings)))
+        replicas.append(bmrs.EnsembleMember(seed, model, guide, bmrs.fit(model, guide, *data, seed=seed, **settings)))
     return replicas
 
 
