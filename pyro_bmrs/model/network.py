@@ -1,7 +1,8 @@
 """The Pyro model around a network: its noise sites, and the site of the observations."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -123,6 +124,15 @@ class NoisyNetwork(PyroModule, NoisyModel):
         self._overall, by_site = _checked_weights(value, list(self.kl_weights))
         if isinstance(value, Mapping):
             self.kl_weights.update(by_site)
+
+    @contextmanager
+    def counting(self, examples: int) -> Iterator[None]:
+        """Count ``examples`` as the size of the data set inside, if ``num_data`` is None."""
+        own, self.num_data = self.num_data, examples if self.num_data is None else self.num_data
+        try:
+            yield
+        finally:
+            self.num_data = own
 
     def note_fit(self, fine_tuned: bool) -> None:
         """Note that a fit has changed the model, and whether it trained the weights alone in the end."""

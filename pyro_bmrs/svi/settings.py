@@ -237,18 +237,12 @@ def _check_data_sets(
 @contextmanager
 def counting_examples(model: NoisyNetwork, size: int) -> Iterator[None]:
     """Have ``model`` count ``size`` examples while it is fitted, if it has no number of its own."""
-    if model.num_data is not None:
-        if model.num_data != size:
-            warnings.warn(
-                f"num_data of the model is {model.num_data}, but train has {size} examples: the likelihood counts as "
-                f"{model.num_data} examples; leave num_data out to have it count as {size}",
-                FitWarning,
-                stacklevel=4,
-            )
+    if model.num_data is not None and model.num_data != size:
+        warnings.warn(
+            f"num_data of the model is {model.num_data}, but train has {size} examples: the likelihood counts as "
+            f"{model.num_data} examples; leave num_data out to have it count as {size}",
+            FitWarning,
+            stacklevel=4,
+        )
+    with model.counting(size):
         yield
-        return
-    model.num_data = size
-    try:
-        yield
-    finally:
-        model.num_data = None
