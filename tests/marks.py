@@ -7,4 +7,9 @@ def thinned(values, keep):
     """Return ``values`` for ``parametrize``, those outside of ``keep`` marked exhaustive."""
     values = list(values)
     assert set(keep) <= set(values)
-    return [each if each in keep else pytest.param(each, marks=pytest.mark.exhaustive) for each in values]
+    return [each if each in keep else _exhaustive(each) for each in values]
+
+
+def _exhaustive(value):
+    values = value if isinstance(value, tuple) else (value,)  # of several names at once
+    return pytest.param(*values, marks=pytest.mark.exhaustive)

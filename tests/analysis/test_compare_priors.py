@@ -19,7 +19,7 @@ def compared(**settings):
         return main(ComparePriors(**{**SHORT, **settings}))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_prior_is_fitted_and_judged(tmp_path):
     report = compared(output=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "priors.json").read_text()) == report

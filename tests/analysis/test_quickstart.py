@@ -4,6 +4,7 @@ import json
 import arviz
 import pytest
 import torch
+from marks import thinned
 
 import pyro_bmrs as bmrs
 from analysis.data.sets import digits
@@ -24,7 +25,7 @@ def test_digits_are_split_into_disjoint_parts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["lenet5", "mlp"])
+@pytest.mark.parametrize("network", thinned(["lenet5", "mlp"], keep=["mlp"]))
 def test_a_run_folder_holds_everything(network, tmp_path, capsys):
     results = main(dataclasses.replace(QUICK, network=network, output=tmp_path / "run"))
     folder = tmp_path / "run"

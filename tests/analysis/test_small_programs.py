@@ -13,7 +13,7 @@ def test_imports_are_timed():
     assert results["ratio"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_defaults_go_on_where_they_were(tmp_path, capsys):
     config = defaults.Defaults(data=("wine",), seeds=(0,), by_hand=False, output=tmp_path / "defaults.json")
     results = defaults.main(config)

@@ -489,7 +489,7 @@ def check_nothing_is_lost(folder, runs):
     assert {key: interrupted[key] for key in expected} == expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_side_by_side_and_one_killed(tmp_path, capsys):
     runs = two_runs(tmp_path, jobs=2)
     killer = Killer(tmp_path, configurations(runs))

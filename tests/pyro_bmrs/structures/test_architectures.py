@@ -23,7 +23,8 @@ NOTHING = {
 LARGE = {
     "hf_mobilenet_v2", "efficientnet", "mobilenet_v3", "resnext", "resnet_bottleneck", "inception", "hf_segformer",
     "shufflenet_v2", "unet_bilinear", "googlenet", "regnet", "non_local", "hf_swin", "resnet_option_a", "wide_resnet",
-    "densenet", "hf_resnet_bottleneck", "preact_resnet",
+    "densenet", "hf_resnet_bottleneck", "preact_resnet", "unet", "two_heads", "feature_pyramid", "convnext",
+    "atrous_pyramid", "block_attention", "vision_transformer", "weight_norm", "resnet_basic", "language_model_tied",
 }  # fmt: skip
 
 

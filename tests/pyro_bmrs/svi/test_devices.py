@@ -40,7 +40,7 @@ def test_two_processes_train_to_the_parameters_of_one_with_the_joint_batch(tmp_p
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_divide_the_batches_of_a_loader(tmp_path):
     torchrun("two_loaders", tmp_path)
     model, guide = build(MedianGuide)
@@ -50,7 +50,7 @@ def test_two_processes_divide_the_batches_of_a_loader(tmp_path):
         torch.testing.assert_close(found, state(model, guide), rtol=0, atol=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_loaders_that_divide_the_examples_themselves(tmp_path):
     torchrun("two_samplers", tmp_path)
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]

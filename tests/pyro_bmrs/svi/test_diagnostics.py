@@ -77,7 +77,7 @@ def test_they_are_in_the_original_numbering_and_three_lines():
     assert len(str(found).splitlines()) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_resumed_fit_says_the_same(tmp_path):
     class Stop(bmrs.Callback):
         def __init__(self, after):

@@ -96,7 +96,7 @@ def test_replicas_are_what_fits_one_by_one_come_to(granularity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [200, 60, 7])
+@pytest.mark.parametrize("batch_size", thinned([200, 60, 7], keep=[60]))
 def test_batches_of_any_size(batch_size):
     settings = {**QUICK, "batch_size": batch_size, "epochs": 2, "fine_tune_epochs": 1, "lr": 1e-3, "posterior_lr": 0.05}
     together = bmrs.fit_ensemble(make(), problem(), seeds=SEEDS[:2], **settings)
@@ -134,7 +134,7 @@ def test_every_replica_draws_its_own_noise(guide, same):
     assert torch.allclose(one.model.net[0].weight, other.model.net[0].weight) == same
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_float32_ensemble_prunes_and_keeps_accuracy():
     x, y = problem(600, torch.float32)
     made = make(bmrs.TruncatedLogNormalGuide, dtype=torch.float32, kl_weight=1.0)
