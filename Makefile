@@ -52,7 +52,7 @@ docs: $(INSTALLED)
 
 # Lines and branches of the library that the tests reach.
 coverage: $(INSTALLED)
-	$(BIN)/pytest -n 2 --cov=pyro_bmrs --cov-branch --cov-report=term-missing:skip-covered --cov-report=html:build/coverage
+	$(BIN)/pytest -n 2 --cov=pyro_bmrs --cov-report=term-missing:skip-covered --cov-report=html:build/coverage
 
 # dist/: a wheel of pyro_bmrs alone, and a source archive of everything.
 dist: $(INSTALLED)
