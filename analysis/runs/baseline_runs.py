@@ -1,4 +1,4 @@
-"""Baselines as runs of the study: which there are beside runs of ours, and how one is carried out."""
+"""Baselines as runs of the study: which there are beside our runs, and how one is carried out."""
 
 import statistics
 import time
