@@ -55,7 +55,7 @@ class Checkpointing:
         try:
             write_checkpoint(self.folder.checkpoint, state)
         except OSError as error:
-            warnings.warn(f"{error}; the fit goes on", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"{error}; the fit goes on", RuntimeWarning, stacklevel=4)
         else:
             self._saved_at = len(self.member.history.entries)
 

@@ -124,7 +124,8 @@ def fit_ensemble(
         pairs = _make_all(make, seeds)
         open_now.enter_context(isolated([each for pair in pairs for each in pair]))
         ready = prepare(pairs, train, validation, chosen)
-        data, first = _tensors(ready.data), ready.data.first
+        _tensors(ready.data)  # refused before anything moves
+        first = ready.data.first
         listed = [[] if callbacks is None else check_callbacks(callbacks(seed)) for seed in seeds]
         model, guide = pairs[0]
         x, y = on_device(first[0], guide.device, model.net), first[1].to(guide.device)
@@ -139,8 +140,7 @@ def fit_ensemble(
         keep_freed_memory(fabric.device)
         batch = on_device(first[0], fabric.device, pairs[0][0].net), first[1].to(fabric.device)
         models, guides = zip(*pairs, strict=True)
-        trained = TrainedReplicas(fabric, models, guides, seeds, elbo, data, ready.data.batch_size)
-        open_now.callback(trained.stack.release)
+        trained = TrainedReplicas(fabric, models, guides, seeds, elbo, _tensors(ready.data), ready.data.batch_size)
         members, advice = [], {}
         for seed, (model, guide), own in zip(seeds, pairs, listed, strict=True):
             pruner = Pruner(model, guide, criterion, batch, structures)
@@ -153,7 +153,8 @@ def fit_ensemble(
             run.go(summary=bar)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. Lower lr or posterior_lr") from None
-        trained.stack.release()
+        finally:
+            trained.stack.release()
         results = [each.end(run.seconds) for each in members]
         _advise(advice)
     return [
