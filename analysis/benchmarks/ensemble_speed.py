@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor
 
 import pyro_bmrs as bmrs
+from analysis.common.command import command
 from models import lenet5, mlp
 from pyro_bmrs.io.files import write_json
 from pyro_bmrs.svi.devices import resolve_device
@@ -62,7 +63,7 @@ def main(config: EnsembleSpeed) -> dict[str, Any]:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     )
     report = {
-        "command": f"python -m analysis.benchmarks.ensemble_speed {' '.join(sys.argv[1:])}".strip(),
+        "command": command("benchmarks.ensemble_speed"),
         "config": {**asdict(config), "output": str(config.output)},
         "device": f"{device.type}: {name}",
         "torch": torch.__version__,

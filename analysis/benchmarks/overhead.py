@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
+from analysis.common.command import command
 from models import lenet5, mlp, resnet
 from pyro_bmrs.io.files import write_json
 from pyro_bmrs.svi.captured import CapturedStep
@@ -82,7 +83,7 @@ def main(config: Overhead) -> dict[str, Any]:
         report = {**reports[0], "results": [result for each in reports for result in each["results"]]}
     report = json.loads(json.dumps(report))  # as whoever reads the file will see it
     report["config"] |= {"threads": list(config.threads), "output": str(config.output)}
-    report["command"] = f"python -m analysis.benchmarks.overhead {' '.join(sys.argv[1:])}".strip()
+    report["command"] = command("benchmarks.overhead")
     config.output.mkdir(parents=True, exist_ok=True)
     write_json(config.output / "overhead.json", report)
     tables = format_tables(report)

@@ -11,6 +11,7 @@ import torch
 import tyro
 
 import pyro_bmrs as bmrs
+from analysis.common.command import command
 from analysis.data.sets import load
 from models import lenet5
 from pyro_bmrs.io.files import write_json
@@ -46,7 +47,7 @@ def main(config: ShrinkSpeed) -> dict[str, Any]:
     runs = {name: _run(config, train, split.validation, name == "shrinking") for name in ("masking", "shrinking")}
     seconds = {name: sum(run["seconds"]) for name, run in runs.items()}
     report = {
-        "command": f"python -m analysis.benchmarks.shrink_speed {' '.join(sys.argv[1:])}".strip(),
+        "command": command("benchmarks.shrink_speed"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.threads} threads, torch {torch.__version__}",
         "images": len(train[0]),
         "runs": runs,
