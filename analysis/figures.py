@@ -93,9 +93,9 @@ def of_current_prior(results: Results) -> Results:
     own = [result for result in results if result["config"].get("recipe") == "ours" and _has_noise(result)]
     wanted = {}
     for dataset, network, _ in map(kind, own):
-        recipe = make_config(dataset, network, "BMRS_N", "ours", 0)
-        if any(kind(result) == (dataset, network, recipe.log_high) for result in own):
-            wanted[dataset, network] = recipe.log_high
+        log_high = make_config(dataset, network, "BMRS_N", "ours", 0).all_settings["log_high"]
+        if any(kind(result) == (dataset, network, log_high) for result in own):
+            wanted[dataset, network] = log_high
     return [
         result
         for result in results

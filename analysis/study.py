@@ -15,7 +15,17 @@ import tyro
 
 from analysis.data.hub import image_set, locate
 from analysis.runs.baseline_runs import baselines_beside
-from analysis.runs.config import BASELINES, METHODS, DatasetName, NetworkName, RecipeName, RunConfig
+from analysis.runs.config import (
+    BASELINES,
+    METHODS,
+    DatasetName,
+    NetworkName,
+    Placement,
+    PruningName,
+    Ranking,
+    RecipeName,
+    RunConfig,
+)
 from analysis.runs.execution import Execution
 from analysis.runs.progress import Progress
 from analysis.runs.recipes import make_config
@@ -26,7 +36,6 @@ from pyro_bmrs.svi.elbo import Granularity
 
 __all__ = ["GRIDS", "Grid", "Study", "configurations", "main"]
 
-Pruning = Literal["continuous", "post-training"]
 _SEVEN = tuple(method for method in METHODS if method != "gradient")  # those of the paper's table 1
 _RESULTS = Path(__file__).parent / "results" / "study"
 
@@ -80,7 +89,7 @@ class Study:
     """mlp_inputs is the MLP with noise on its inputs too; resnet18, resnet50, vit_s and vit_b16 are trained before."""
     methods: tuple[str, ...] = ()
     """none, L2, E[theta], SNR, BMRS_N, BMRS_U-8, BMRS_U-4 (or any other p1), gradient, random, free_form. Of baselines:
-    tp_magnitude, tp_taylor, tp_group_norm, scratch."""
+    tp_magnitude, tp_taylor, tp_group_norm, scratch, and L2, gradient, random, ... in fits that prune to that size."""
     seeds: tuple[int, ...] = ()
     recipes: Annotated[tuple[RecipeName, ...], tyro.conf.arg(aliases=["--recipe"])] = ()
     """paper: what its reference implementation does; ours: the library's defaults; baselines: of that grid alone."""
@@ -104,16 +113,16 @@ class Study:
     """How often noise is drawn, instead of the recipe's."""
     log_high: float | None = None
     """Upper bound of the prior on log(theta), instead of the recipe's."""
-    pruning: Pruning | None = None
+    pruning: PruningName | None = None
     pretrain_epochs: int | None = None
     """Of networks that are trained before; 0 where their weights come from a folder."""
-    train_images: int | None = None
-    """Only the first ones; 0 for all."""
+    train_images: int | Literal["all"] | None = None
+    """Only the first ones."""
     hidden: int | None = None
     """Width of an MLP, of a ResNet's first stage or of a ViT, instead of the recipe's."""
-    placement: Literal["readers", "outputs"] | None = None
-    """Where noise of networks trained before stands: in front of what reads a channel, or as in the paper."""
-    ranking: Literal["layer", "network"] = "layer"
+    placement: Placement | None = None
+    """Of LeNet-5 and networks trained before: noise stands in front of what reads a channel, or as in the paper."""
+    ranking: Ranking = "layer"
     """Of torch-pruning's baselines: the same fraction of every layer goes, or all structures are ranked together."""
     jobs: int = 1
     """Runs side by side, in processes of this machine."""

@@ -4,7 +4,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -13,8 +13,7 @@ import tyro
 
 from analysis.drawing.published import paper_numbers
 from analysis.drawing.typeset import Table, latex, markdown
-from analysis.runs.config import BASELINES, METHODS, RecipeName, RunConfig
-from analysis.runs.pretrained import is_pretrained
+from analysis.runs.config import BASELINES, METHODS, PretrainedName, RecipeName, RunConfig, read_config
 from analysis.runs.recipes import dense_of, make_config
 from analysis.runs.store import RunResult, Store
 
@@ -48,6 +47,8 @@ _LEGEND = (
 # What rows do not name: settings that follow from the number of epochs, and those that are a seed's own.
 _UNNAMED = ("kl_warmup_epochs", "prune_from", "prune_until", "widths")
 
+_WITHOUT_DEFAULT = ("pruning", "budget", "widths")  # no recipe has a value of these
+
 Result = RunResult
 Point = tuple[float, float]  # parameters removed and test accuracy, in %
 
@@ -61,15 +62,16 @@ def tabulate(results: Iterable[Result]) -> list[Table]:
     removed as the paper's code counts it, and a fourth how far the paper's recipe is from the paper.
     """
     paper = paper_numbers()
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
-        groups.setdefault((result["config"]["network"], result["config"]["pruning"]), []).append(result)
+        after = result["config"].get("pruning") == "post-training"
+        groups.setdefault((result["config"]["network"], after), []).append(result)
     networks = list(_TITLES)
     tables = []
-    for network, pruning in sorted(groups, key=lambda group: (group[1], networks.index(group[0]))):
-        group, title = groups[network, pruning], _TITLES[network]
-        if pruning == "continuous":  # as the published tables are
-            make = _of_second_table if is_pretrained(network) else _beside_published
+    for network, after in sorted(groups, key=lambda group: (group[1], networks.index(group[0]))):
+        group, title = groups[network, after], _TITLES[network]
+        if not after:  # as the published tables are
+            make = _of_second_table if network in get_args(PretrainedName) else _beside_published
             tables += make(title, group, paper.get(network, {}))
         else:
             stopped = [result for result in group if _point(result)]
@@ -92,7 +94,7 @@ def _by_row(results: Sequence[Result]) -> list[tuple[list[str], list[Result]]]:
     """Return the recipe and method of each row, in order, with its results."""
     rows: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
-        config = RunConfig(**result["config"])
+        config = read_config(result["config"])
         rows.setdefault((config.recipe, config.method, _changes(config)), []).append(result)
     return [
         ([recipe, f"{method} ({changes})" if changes else method], rows[recipe, method, changes])
@@ -171,10 +173,11 @@ def _by_number(text: str) -> list[str | float]:
 def _changes(config: RunConfig) -> str:
     """Return the settings in which a run differs from its recipe."""
     names = (config.dataset, config.network, config.method, config.recipe)
-    default = make_config(*names, config.seed, pruning=config.pruning)
-    own = [field.name for field in fields(config) if field.name not in _UNNAMED]
-    changed = [name for name in own if getattr(config, name) != getattr(default, name)]
-    return ", ".join(f"{name} {_short(getattr(config, name))}" for name in changed)
+    settings = config.all_settings
+    given = {name: settings[name] for name in _WITHOUT_DEFAULT if name in settings}
+    default = make_config(*names, config.seed, **given).all_settings
+    changed = [name for name in settings if name == "budget" or settings[name] != default[name]]
+    return ", ".join(f"{name} {_short(settings[name])}" for name in changed if name not in _UNNAMED)
 
 
 def _short(value: object) -> str:
@@ -217,10 +220,10 @@ def _published(numbers: Mapping[str, Any], method: str) -> str:
 
 def _against_dense(results: Sequence[Result]) -> list[Result]:
     """Return results of the paper's recipe and ours that have a dense network of their seed, with the difference."""
-    dense = {RunConfig(**result["config"]): result for result in results if result["config"]["method"] == "none"}
+    dense = {read_config(result["config"]): result for result in results if result["config"]["method"] == "none"}
     found = []
     for result in results:
-        config = RunConfig(**result["config"])
+        config = read_config(result["config"])
         if config.recipe != "baselines" and config.method != "none" and (other := dense.get(dense_of(config))):
             changed: Result = {**result, "change": 100 * (result["accuracy_test"] - other["accuracy_test"])}
             found.append(changed)

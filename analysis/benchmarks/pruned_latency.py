@@ -16,7 +16,7 @@ from torch import Tensor
 import pyro_bmrs as bmrs
 from analysis.common.command import command
 from analysis.data.sets import count_classes
-from analysis.runs.config import PretrainedName
+from analysis.runs.config import Pretrained, PretrainedName
 from analysis.runs.pretrained import architecture
 from analysis.runs.recipes import make_config
 from pyro_bmrs.io.files import write_json
@@ -62,8 +62,9 @@ def main(config: PrunedLatency) -> list[dict[str, Any]]:
 
 def _rows(config: PrunedLatency, network: str) -> Iterator[dict[str, Any]]:
     run = make_config(config.dataset, network, "none", "ours", config.seed)
+    assert isinstance(run.net, Pretrained), network
     torch.manual_seed(config.seed)
-    net = architecture(run, count_classes(config.dataset)).eval()
+    net = architecture(run.net, run.image_size, count_classes(config.dataset)).eval()
     x = torch.randn(config.batch, 3, run.image_size, run.image_size)
     started = time.perf_counter()
     structures = bmrs.find_structures(net, x[:2], width=config.width)

@@ -3,14 +3,23 @@
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from analysis.data.sets import Split
 from analysis.runs.baselines import Importance, narrowed, train_baseline, train_from_scratch
-from analysis.runs.config import RunConfig
+from analysis.runs.config import (
+    BASELINES,
+    NoisyRun,
+    Pretrained,
+    Ranking,
+    RunConfig,
+    ScratchRun,
+    TorchPruningRun,
+    WhileTraining,
+    read_config,
+)
 from analysis.runs.recipes import make_config
 from analysis.runs.results import compare, short_history
 from analysis.runs.store import RunResult
@@ -35,7 +44,7 @@ def baselines_beside(
     methods: Sequence[str],
     seeds: Sequence[int],
     kl_weights: Sequence[float],
-    ranking: Literal["layer", "network"],
+    ranking: Ranking,
     **settings: Any,
 ) -> list[RunConfig]:
     """Return the runs of baselines at the sizes that BMRS_N has reached by our recipe, seed by seed.
@@ -46,7 +55,7 @@ def baselines_beside(
         results: Of any runs.
         datasets: Which to take.
         networks: Which to take.
-        methods: Of ``BASELINES``.
+        methods: Of ``BASELINES``, or any of ours, which then prunes to that size.
         seeds: Of the baselines. Where one of them is not among our runs, those of its data set, network and weight of
             the KL do not count.
         kl_weights: Of our runs; none for all that there are.
@@ -58,8 +67,10 @@ def baselines_beside(
     """
     cells: dict[Cell, dict[int, RunResult]] = {}
     for result in results:
-        config = RunConfig(**result["config"])
-        if (config.recipe, config.method, config.pruning) != ("ours", "BMRS_N", "continuous"):
+        config = read_config(result["config"])
+        if not (isinstance(config, NoisyRun) and isinstance(config.schedule, WhileTraining)):
+            continue
+        if (config.recipe, config.method) != ("ours", "BMRS_N"):
             continue
         if config.dataset not in datasets or config.network not in networks or config.seed not in seeds:
             continue
@@ -67,7 +78,7 @@ def baselines_beside(
         if kl_weights and weight not in kl_weights:
             continue
         cell = config.dataset, config.network, weight
-        if config == replace(make_config(*cell[:2], "BMRS_N", "ours", config.seed, **settings), kl_weight=weight):
+        if config == make_config(*cell[:2], "BMRS_N", "ours", config.seed, **settings, kl_weight=weight):
             cells.setdefault(cell, {})[config.seed] = result
     complete = {cell: runs for cell, runs in sorted(cells.items(), key=str) if set(seeds) <= set(runs)}
     if not complete:
@@ -80,16 +91,18 @@ def baselines_beside(
     found = []
     for seed in seeds:
         for method in methods:
-            for (dataset, network, _), runs in complete.items():
+            for (dataset, network, weight), runs in complete.items():
                 budget = round(statistics.fmean(runs[each]["compression"] for each in seeds), 4)
-                own: dict[str, Any] = {"ranking": ranking}
+                recipe, own = "baselines", dict[str, Any](ranking=ranking)
                 if method == "scratch":
                     own = {"widths": tuple(runs[seed]["kept"].values())}
-                found.append(make_config(dataset, network, method, "baselines", seed, budget=budget, **own, **settings))
+                if method not in BASELINES:  # in a fit like that of BMRS_N
+                    own, recipe = {"pruning": "to-size", "kl_weight": weight}, "ours"
+                found.append(make_config(dataset, network, method, recipe, seed, budget=budget, **own, **settings))
     return list(dict.fromkeys(found))
 
 
-def execute_baseline(config: RunConfig, net: nn.Module, split: Split) -> dict[str, Any]:
+def execute_baseline(config: TorchPruningRun | ScratchRun, net: nn.Module, split: Split) -> dict[str, Any]:
     """Carry out a run of a baseline, which has no checkpoints, and return its results.
 
     Args:
@@ -98,9 +111,9 @@ def execute_baseline(config: RunConfig, net: nn.Module, split: Split) -> dict[st
         split: Data, on the device to train on.
     """
     device, started = split.train[0].device, time.perf_counter()
-    epochs = config.epochs + (config.pretrain_epochs if config.method == "scratch" else 0)
-    settings = (epochs, config.batch_size, config.lr, config.seed)
-    if config.method == "scratch":
+    before = config.net.pretrain_epochs if isinstance(config, ScratchRun) and isinstance(config.net, Pretrained) else 0
+    settings = (config.epochs + before, config.batch_size, config.lr, config.seed)
+    if isinstance(config, ScratchRun):
         kept = dict(zip((site.removesuffix(".theta") for site in noise_layers(net)), config.widths, strict=True))
         small = narrowed(net, kept, split.train[0][:2].cpu())
         baseline = train_from_scratch(small.to(device), split.train, *settings)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
+from analysis.runs.config import Ranking
 from analysis.runs.dense import PlainNetwork, cosine_rates, train_dense
 from pyro_bmrs.eval_mode import evaluating
 from pyro_bmrs.randomness import local_seed
@@ -21,10 +22,9 @@ from pyro_bmrs.structures.layers import ChannelScale
 from pyro_bmrs.structures.points import replace_everywhere
 from pyro_bmrs.svi.training import Trainer
 
-__all__ = ["Importance", "Ranking", "narrowed", "train_baseline", "train_from_scratch"]
+__all__ = ["Importance", "narrowed", "train_baseline", "train_from_scratch"]
 
 Importance = Literal["magnitude", "taylor", "group_norm"]
-Ranking = Literal["layer", "network"]
 _TAYLOR_EXAMPLES = 1024  # whose mean loss is differentiated before each pruning
 
 

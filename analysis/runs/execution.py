@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 from filelock import FileLock, Timeout
 
-from analysis.runs.config import RunConfig
+from analysis.runs.config import AfterTraining, NoisyRun, RunConfig
 from pyro_bmrs import PostTraining
 
 __all__ = [
@@ -70,20 +71,20 @@ def note_session(config: RunConfig, execution: Execution) -> list[int]:
     return [int(line) for line in path.read_text(encoding="utf-8").split()]
 
 
-def shared_training(config: RunConfig) -> RunConfig:
+def shared_training(config: NoisyRun) -> NoisyRun:
     """Return what names the training that all criteria share."""
     return replace(config, method="shared", prior_log_odds=0.0, p2=None)
 
 
 def epochs_planned(config: RunConfig) -> int:
     """Return how many epochs a run has, of post-training pruning about, since it may have a level of its own."""
-    return config.epochs + config.fine_tune_epochs + (len(LEVELS) if config.pruning == "post-training" else 0)
+    return config.total_epochs + (len(LEVELS) if _is_pruned_after(config) else 0)
 
 
 def epochs_done(config: RunConfig, execution: Execution) -> int:
     """Return how many of them its folder of checkpoints has a record of."""
     folders = [work_folder(config, execution)]
-    if config.pruning == "post-training":
+    if _is_pruned_after(config):
         folders.append(work_folder(shared_training(config), execution))
     return sum(_count_lines(folder / "metrics.jsonl") for folder in folders)
 
@@ -98,6 +99,10 @@ def is_running(config: RunConfig, execution: Execution) -> bool:
             return False
     except Timeout:
         return True
+
+
+def _is_pruned_after(config: RunConfig) -> TypeGuard[NoisyRun]:
+    return isinstance(config, NoisyRun) and isinstance(config.schedule, AfterTraining)
 
 
 def _count_lines(path: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pyro_bmrs as bmrs
 from analysis.data.sets import Split
 from analysis.runs.best_epoch import BestEpoch
-from analysis.runs.config import METHODS, RunConfig
+from analysis.runs.config import METHODS, NoisyRun, ToSize, WhileTraining
 from analysis.runs.dense import accuracy
 from analysis.runs.execution import LEVELS, Execution, run_lock, shared_training, work_folder
 from analysis.runs.rank_correlation import spearman
@@ -24,12 +24,12 @@ from pyro_bmrs.structures.compact import without_noise
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.points import Attachment
 
-__all__ = ["execute_continuous", "execute_post_training"]
+__all__ = ["execute_post_training", "execute_while_training"]
 
 _OF_POSTERIORS = ("E[theta]", "SNR", "BMRS_")  # criteria that see nothing else, least of all weights
 
 
-def execute_continuous(config: RunConfig, execution: Execution, net: nn.Module, split: Split) -> dict[str, Any]:
+def execute_while_training(config: NoisyRun, execution: Execution, net: nn.Module, split: Split) -> dict[str, Any]:
     """Carry out a run that removes structures while training, or what is left of it, and return its results."""
     dense = copy.deepcopy(net).to(split.train[0].device)
     model, guide = _program(config, net, split.train[0])
@@ -41,7 +41,7 @@ def execute_continuous(config: RunConfig, execution: Execution, net: nn.Module, 
     result = _fit(config, execution, model, guide, split)(
         folder=folder,
         criterion=criterion(config, gradients),
-        pruning=bmrs.Continuous(start=config.prune_from, stop=config.prune_until, shrink=shrink),
+        pruning=_while_training(config, shrink),
         epochs=config.epochs,
         fine_tune_epochs=config.fine_tune_epochs,
         callbacks=[best],
@@ -50,7 +50,15 @@ def execute_continuous(config: RunConfig, execution: Execution, net: nn.Module, 
     return _results(dense, model, guide, result, split)
 
 
-def execute_post_training(config: RunConfig, execution: Execution, net: nn.Module, split: Split) -> dict[str, Any]:
+def _while_training(config: NoisyRun, shrink: bool) -> bmrs.Continuous | bmrs.ToSize:
+    schedule = config.schedule
+    if isinstance(schedule, ToSize):
+        return bmrs.ToSize(schedule.budget)
+    assert isinstance(schedule, WhileTraining), schedule
+    return bmrs.Continuous(start=schedule.prune_from, stop=schedule.prune_until, shrink=shrink)
+
+
+def execute_post_training(config: NoisyRun, execution: Execution, net: nn.Module, split: Split) -> dict[str, Any]:
     """Rank and remove after a training that all criteria share, in a folder that they share too."""
     dense = copy.deepcopy(net).to(split.train[0].device)
     model, guide = _program(config, net, split.train[0])
@@ -60,7 +68,6 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
         trained = fit(folder=shared_folder, criterion=None, epochs=config.epochs, fine_tune_epochs=0)
     scores = _scores(model, guide, config, split)
     chosen, decision = scores[config.method], criterion(config, split.train)
-    assert decision is not None
     has_line = config.method.startswith((*_OF_POSTERIORS, "free_form"))
     line = (chosen >= 0).double().mean().item() if has_line else None
     levels = LEVELS if line is None else tuple(sorted({*LEVELS, line}))
@@ -84,7 +91,7 @@ def execute_post_training(config: RunConfig, execution: Execution, net: nn.Modul
 
 
 def _program(
-    config: RunConfig, net: nn.Module, images: Tensor
+    config: NoisyRun, net: nn.Module, images: Tensor
 ) -> tuple[bmrs.NoisyNetwork, bmrs.TruncatedLogNormalGuide]:
     kl_weight: Any = config.kl_weight
     if isinstance(kl_weight, str):
@@ -105,7 +112,7 @@ def _left(net: nn.Module, widths: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _fit(
-    config: RunConfig, execution: Execution, model: bmrs.NoisyNetwork, guide: bmrs.TruncatedLogNormalGuide, split: Split
+    config: NoisyRun, execution: Execution, model: bmrs.NoisyNetwork, guide: bmrs.TruncatedLogNormalGuide, split: Split
 ) -> Callable[..., bmrs.FitResult]:
     """Return a fit that lacks what one phase of a run has of its own."""
     return partial(
@@ -170,7 +177,7 @@ class _TestAccuracy(bmrs.Callback):
 
 
 def _scores(
-    model: bmrs.NoisyNetwork, guide: bmrs.TruncatedLogNormalGuide, config: RunConfig, split: Split
+    model: bmrs.NoisyNetwork, guide: bmrs.TruncatedLogNormalGuide, config: NoisyRun, split: Split
 ) -> dict[str, Tensor]:
     """Return the scores that every method gives the same trained network, flat over all sites."""
     x, y = to_input(split.train[0][: config.batch_size]), split.train[1][: config.batch_size]
@@ -178,7 +185,6 @@ def _scores(
     scores = {}
     for method in dict.fromkeys((*METHODS[1:], config.method)):
         each = criterion(replace(config, method=method), split.train)
-        assert each is not None, method
         scores[method] = torch.cat([score.detach() for score in each.scores(context).values()])
     return scores
 

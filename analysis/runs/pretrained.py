@@ -4,22 +4,20 @@ Their weights come from a folder, as ``save_pretrained`` writes it, where there 
 a CPU is trained here first, without noise.
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pyro_bmrs as bmrs
 from analysis.data.sets import Split
-from analysis.runs.config import PretrainedName, RunConfig
+from analysis.runs.config import Placement, Pretrained, RunConfig, select_config
 from analysis.runs.dense import train_dense
 from analysis.runs.execution import Execution, run_lock, work_folder
-from analysis.runs.recipes import dense_of
 from pyro_bmrs.structures.inputs import to_input
 
-__all__ = ["Logits", "architecture", "is_pretrained", "trained", "with_noise"]
+__all__ = ["Logits", "architecture", "trained", "with_noise"]
 
 _SMALL_IMAGES = 64  # pixels: below, strides and patches are those that such images call for
 _LR = 1e-3  # of the training before
@@ -41,23 +39,18 @@ class Logits(nn.Module):
         return logits
 
 
-def is_pretrained(network: str) -> bool:
-    """Return whether a network is one of these."""
-    return network in get_args(PretrainedName)
-
-
-def architecture(config: RunConfig, classes: int) -> Logits:
+def architecture(net: Pretrained, image_size: int, classes: int) -> Logits:
     """Return a network with random weights, drawn from the global random state."""
-    return Logits((_resnet if config.network.startswith("resnet") else _vit)(config, classes))
+    return Logits((_resnet if net.network.startswith("resnet") else _vit)(net, image_size, classes))
 
 
-def _resnet(config: RunConfig, classes: int) -> nn.Module:
+def _resnet(net: Pretrained, image_size: int, classes: int) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification  # noqa: PLC0415  (slow)
 
-    basic = config.network == "resnet18"
-    first = config.hidden or (64 if basic else 256)
+    basic = net.network == "resnet18"
+    first = net.hidden or (64 if basic else 256)
     stem = min(first, 64)
-    net: Any = ResNetForImageClassification(
+    found: Any = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=stem,
             hidden_sizes=[first, 2 * first, 4 * first, 8 * first],
@@ -66,29 +59,29 @@ def _resnet(config: RunConfig, classes: int) -> nn.Module:
             num_labels=classes,
         )
     )
-    if config.image_size < _SMALL_IMAGES:
-        embedder = net.resnet.embedder
+    if image_size < _SMALL_IMAGES:
+        embedder = found.resnet.embedder
         embedder.embedder.convolution = nn.Conv2d(3, stem, 3, 2, padding=1, bias=False)
         embedder.pooler = nn.Identity()
-    return net
+    return found
 
 
-def _vit(config: RunConfig, classes: int) -> nn.Module:
+def _vit(net: Pretrained, image_size: int, classes: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification  # noqa: PLC0415  (slow)
 
-    width = config.hidden or (384 if config.network == "vit_s" else 768)
-    net: nn.Module = ViTForImageClassification(
+    width = net.hidden or (384 if net.network == "vit_s" else 768)
+    found: nn.Module = ViTForImageClassification(
         ViTConfig(
             hidden_size=width,
-            num_hidden_layers=config.layers or 12,
+            num_hidden_layers=net.layers or 12,
             num_attention_heads=width // 64 if width >= 192 else width // 16,
             intermediate_size=4 * width,
-            image_size=config.image_size,
-            patch_size=4 if config.image_size < _SMALL_IMAGES else 16,
+            image_size=image_size,
+            patch_size=4 if image_size < _SMALL_IMAGES else 16,
             num_labels=classes,
         )
     )
-    return net
+    return found
 
 
 def trained(config: RunConfig, execution: Execution, split: Split, classes: int) -> Logits:
@@ -97,11 +90,12 @@ def trained(config: RunConfig, execution: Execution, split: Split, classes: int)
     Raises:
         FileNotFoundError: If they should come from a folder, and there is none.
     """
-    if config.pretrain_epochs == 0:
-        return Logits(_from_folder(config, execution, classes))
-    before = _pretraining(config)
+    assert isinstance(config.net, Pretrained), config.net
+    if config.net.pretrain_epochs == 0:
+        return Logits(_from_folder(config.network, execution, classes))
+    before = _pretraining(config, config.net.pretrain_epochs)
     torch.manual_seed(before.seed)
-    net = architecture(before, classes).to(split.train[0].device)
+    net = architecture(config.net, before.image_size, classes).to(split.train[0].device)
     folder = work_folder(before, execution)
     with run_lock(folder):
         rates = (before.epochs, before.batch_size, before.lr, before.seed)
@@ -109,13 +103,13 @@ def trained(config: RunConfig, execution: Execution, split: Split, classes: int)
     return net
 
 
-def _from_folder(config: RunConfig, execution: Execution, classes: int) -> nn.Module:
+def _from_folder(network: str, execution: Execution, classes: int) -> nn.Module:
     import transformers  # noqa: PLC0415  (slow)
 
-    folder = None if execution.weights is None else Path(execution.weights) / config.network
+    folder = None if execution.weights is None else Path(execution.weights) / network
     if folder is None or not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"pretrained weights of {config.network} should be in {folder or 'a folder'}, as save_pretrained writes "
+            f"pretrained weights of {network} should be in {folder or 'a folder'}, as save_pretrained writes "
             "them: give --weights-dir, the folder above, or --pretrain-epochs to train them here"
         )
     return transformers.AutoModelForImageClassification.from_pretrained(
@@ -123,31 +117,20 @@ def _from_folder(config: RunConfig, execution: Execution, classes: int) -> nn.Mo
     )
 
 
-def _pretraining(config: RunConfig) -> RunConfig:
+def _pretraining(config: RunConfig, epochs: int) -> RunConfig:
     """Return what names the training before, which all runs of one network share."""
-    return replace(
-        dense_of(config),
-        method="pretraining",
-        recipe="ours",
-        seed=0,
-        epochs=config.pretrain_epochs,
-        lr=_LR,
-        posterior_lr=_LR,
-        decay=True,
-        best_of=0,
-        placement="readers",
-    )
+    own = {"method": "pretraining", "recipe": "ours", "seed": 0, "epochs": epochs, "lr": _LR, "decay": True}
+    return select_config({**config.all_settings, **own, "best_of": 0})
 
 
-def with_noise(net: nn.Module, config: RunConfig, images: Tensor) -> nn.Module:
-    """Return a network with noise where the configuration places it."""
+def with_noise(net: nn.Module, placement: Placement, log_high: float, images: Tensor) -> nn.Module:
+    """Return a network with noise there, and a prior with that upper bound."""
     example = to_input(images[:2]).to(next(net.parameters()).device)
-    if config.placement == "readers":
+    if placement == "readers":
         structures = bmrs.find_structures(net, example)
     else:
         structures = bmrs.find_structures(net, example, outputs=_outputs(net)).select(kinds="output")
-    prior = bmrs.LogUniform(-20.0, config.log_high) if config.log_high else None
-    return bmrs.attach_noise(net, structures, prior)
+    return bmrs.attach_noise(net, structures, bmrs.LogUniform(-20.0, log_high) if log_high else None)
 
 
 def _outputs(net: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from analysis.runs.config import BASELINES, RunConfig
+from analysis.runs.config import NoisyRun, RunConfig
 from analysis.runs.execution import Execution, epochs_done, epochs_planned, is_running
 
 __all__ = ["Progress", "seconds_left"]
@@ -41,7 +41,7 @@ def seconds_left(left: Mapping[RunConfig, int], finished: Iterable[_Finished], j
 
 
 def _kind(config: RunConfig) -> tuple[str, ...]:
-    training = config.method if config.method in ("none", *BASELINES) else "noisy"
+    training = "noisy" if isinstance(config, NoisyRun) else config.method
     return (config.dataset, config.network, config.recipe, training)
 
 

@@ -5,10 +5,19 @@ A recipe is nothing but values of options that the library has for everyone; ``a
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from analysis.runs.config import BASELINES, METHODS, OTHERS, RecipeName, RunConfig
+from analysis.runs.config import (
+    BASELINES,
+    METHODS,
+    OTHERS,
+    NoisyRun,
+    PruningName,
+    RecipeName,
+    RunConfig,
+    select_config,
+)
 from analysis.runs.reference import REFERENCE_LOG_ODDS
 from pyro_bmrs import (
     BMRS_N,
@@ -34,11 +43,11 @@ class _Setting:
 
     batch_size: int
     lr: float
-    hidden: int = 0
-    layers: int = 0
+    hidden: int | None = None
+    layers: int | None = None
     image_size: int = 32
     pretrain_epochs: int = 0
-    train_images: int = 0
+    train_images: int | Literal["all"] = "all"
 
 
 # An MLP of the paper's n has n + 1 hidden layers. Ours are those of digits, for tests, and the small ResNets and ViTs.
@@ -80,7 +89,7 @@ class _Ours:
     lr: float
     posterior_lr: float
     kl_by_cost: bool = False
-    kl_priced_at: tuple[int, ...] = ()
+    kl_priced_at: tuple[int, ...] | None = None
     pixels: tuple[float, float] = (0, 1)
     log_high: float = 0.0
 
@@ -120,10 +129,10 @@ def make_config(
     recipe: str,
     seed: int,
     *,
-    pruning: Literal["continuous", "post-training"] = "continuous",
+    pruning: PruningName = "continuous",
     epochs: int | None = None,
     fine_tune_epochs: int | None = None,
-    kl_weight: float | None = None,
+    kl_weight: float | str | None = None,
     **changes: Any,
 ) -> RunConfig:
     """Return the recipe's configuration of a run.
@@ -140,11 +149,12 @@ def make_config(
         fine_tune_epochs: Epochs after them, with the noise on in the paper's recipe and off in ours. After-training
             pruning fine-tunes at its levels instead.
         kl_weight: Instead of the recipe's.
-        changes: Any other field of ``RunConfig``.
+        changes: Any other setting; one that this run does not have is left out.
 
     Raises:
         ValueError: If there is no such method or recipe, the one is not for the other, or there is no setting for this
             network on this data set, or a number of epochs is negative.
+        TypeError: If no run has a setting of such a name.
     """
     if recipe not in get_args(RecipeName):
         raise ValueError(f"there is no recipe {recipe!r}; choose one of {', '.join(get_args(RecipeName))}")
@@ -184,15 +194,19 @@ def make_config(
         specific = _ours(method, epochs, 0 if pruning == "post-training" else tuning)
         own = ("kl_weight", "kl_by_cost", "kl_priced_at", "batch_size", "lr", "posterior_lr", "pixels", "log_high")
         specific |= {name: getattr(ours, name) for name in own}
+    if pruning == "to-size":
+        specific["kl_warmup_epochs"] = 0  # the weight begins small by itself
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
     settings = {**common, **specific, **changes}
-    return RunConfig(**(_without_noise(settings) if method == "none" or recipe == "baselines" else settings))
+    if method == "none" or recipe == "baselines":
+        settings["epochs"] += settings["fine_tune_epochs"]
+    return select_config(settings)
 
 
 def dense_of(config: RunConfig) -> RunConfig:
     """Return the configuration of the dense network of the same recipe, trained as long with the same seed."""
-    return RunConfig(**_without_noise({**asdict(config), "method": "none"}))
+    return select_config({**config.all_settings, "method": "none", "epochs": config.total_epochs})
 
 
 def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
@@ -212,7 +226,7 @@ def _paper(method: str, network: str, epochs: int, fine_tune_epochs: int) -> dic
         # Its BMRS_N, which L2 and gradient norm are matched to, lacks a term of eq. 8; its BMRS_U lacks none.
         "prior_log_odds": REFERENCE_LOG_ODDS if method in ("BMRS_N", *_RANKINGS) else 0.0,
         "p2": 23.0,
-        "noise_before_pool": network == "lenet5",
+        "placement": "readers" if network.startswith(("mlp", "lenet5_caffe")) else "outputs",
     }
 
 
@@ -229,35 +243,11 @@ def _ours(method: str, epochs: int, fine_tune_epochs: int) -> dict[str, Any]:
         "prune_until": epochs,
         "prior_log_odds": math.log(3) if has_line else 0.0,
         "p2": None,
-        "noise_before_pool": False,
     }
 
 
-def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a network without noise, the same whatever those of the noise would have been."""
-    return {
-        **settings,
-        "epochs": settings["epochs"] + settings["fine_tune_epochs"],
-        "fine_tune_epochs": 0,
-        "posterior_lr": settings["lr"],
-        "kl_weight": 1.0,
-        "kl_by_cost": False,
-        "kl_priced_at": (),
-        "kl_warmup_epochs": 0,
-        "granularity": "example",
-        "pruning": "continuous",
-        "prune_from": 1,
-        "prune_until": 0,
-        "prior_log_odds": 0.0,
-        "p2": None,
-        "noise_before_pool": False,
-        "match_by": "parameters",
-        "log_high": 0.0,
-    }
-
-
-def criterion(config: RunConfig, gradients: Any = None) -> Criterion | None:
-    """Return the criterion that a configuration names; None for the dense network and for baselines.
+def criterion(config: NoisyRun, gradients: Any = None) -> Criterion:
+    """Return the criterion that a configuration names.
 
     Args:
         config: The configuration.
@@ -266,8 +256,7 @@ def criterion(config: RunConfig, gradients: Any = None) -> Criterion | None:
     if config.method == "free_form":
         return FreeFormCriterion(gradients, prior_log_odds=config.prior_log_odds)
     matched = BMRS_N(prior_log_odds=config.prior_log_odds)
-    fixed: dict[str, Criterion | None] = {
-        **dict.fromkeys(("none", *BASELINES)),
+    fixed: dict[str, Criterion] = {
         "L2": WeightNorm(matched, match_by=config.match_by),
         "gradient": GradientWeightNorm(matched, match_by=config.match_by),
         "random": Random(matched, match_by=config.match_by, seed=config.seed),

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -13,7 +13,7 @@ import torch
 
 from analysis.data.sets import Split, digits
 from analysis.runs import baseline_runs, experiment, scheduling
-from analysis.runs.config import BASELINES, METHODS, RunConfig
+from analysis.runs.config import BASELINES, METHODS, DenseRun, NoisyRun, ToSize, WhileTraining, read_config
 from analysis.runs.execution import Execution, epochs_done, epochs_planned, is_running, work_folder
 from analysis.runs.experiment import execute
 from analysis.runs.progress import Progress, format_seconds, seconds_left
@@ -21,7 +21,8 @@ from analysis.runs.recipes import criterion, dense_of, make_config
 from analysis.runs.reference import REFERENCE_LOG_ODDS
 from analysis.runs.store import Store
 from analysis.study import _RESULTS, GRIDS, Study, _command, configurations, main
-from pyro_bmrs import BMRS_N, BMRS_U, WeightNorm
+from analysis.tables import tabulate
+from pyro_bmrs import BMRS_N, BMRS_U, Criterion, WeightNorm
 from pyro_bmrs.svi.callbacks import JSONLines
 
 TINY = {"epochs": 2, "fine_tune_epochs": 1}
@@ -48,7 +49,7 @@ def results_of(config):
 
 def test_ids_are_stable_and_distinct():
     config = make_config("mnist", "lenet5", "BMRS_N", "paper", 0)
-    assert replace(config, pixels=(0, 1), best_of=0).id == "3046f10ba734"
+    assert replace(config, pixels=(0, 1), best_of=0).id == "c03cad222468"
     for pixels in ((1,), (1, 1), (0, float("nan"))):
         with pytest.raises(ValueError, match="pixels must be two numbers that differ"):
             replace(config, pixels=pixels)
@@ -56,13 +57,13 @@ def test_ids_are_stable_and_distinct():
     assert len({config.id for config in grid}) == len(grid) == 2 * 2 * 2 * 2 * 7
     assert replace(config, kl_weight=30) == replace(config, kl_weight=30.0)
     assert replace(config, kl_weight=30).id == replace(config, kl_weight=30.0).id != replace(config, kl_weight=31).id
-    assert RunConfig(**json.loads(json.dumps(asdict(config)))).id == config.id
+    assert read_config(json.loads(json.dumps(config.settings))).id == config.id
 
 
 def test_results_of_former_versions_are_still_those_of_their_configurations():
     kept = Store(_RESULTS / "runs").read_all()
     assert len(kept) >= 2
-    assert all(RunConfig(**results["config"]).id == results["id"] for results in kept)
+    assert all(read_config(results["config"]).id == results["id"] for results in kept)
 
 
 def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
@@ -70,21 +71,9 @@ def test_settings_added_later_are_kept_only_where_they_are_used(tmp_path):
     scratch = make_config("mnist", "mlp", "scratch", "baselines", 0, budget=0.5, widths=(3, 2))
     for config in (ours, scratch):
         Store(tmp_path).write(config, {})
-        assert RunConfig(**Store(tmp_path).read(config)["config"]) == config
-    left_out = set(asdict(ours)) - set(Store(tmp_path).read(ours)["config"])
-    assert left_out == {
-        "budget",
-        "ranking",
-        "kl_by_cost",
-        "widths",
-        "pixels",
-        "best_of",
-        "kl_priced_at",
-        "match_by",
-        "pretrain_epochs",
-        "train_images",
-        "placement",
-    }
+        assert read_config(Store(tmp_path).read(config)["config"]) == config
+    left_out = set(ours.all_settings) - set(Store(tmp_path).read(ours)["config"])
+    assert left_out == {"kl_by_cost", "pixels", "best_of", "kl_priced_at", "match_by", "train_images", "placement"}
     assert Store(tmp_path).read(scratch)["config"]["widths"] == [3, 2]
     assert len({scratch.id, replace(scratch, widths=(3, 1)).id, replace(scratch, budget=0.6).id, ours.id}) == 4
 
@@ -110,12 +99,12 @@ def test_the_kl_may_be_priced_at_other_widths(tmp_path):
 def test_baselines_train_as_long_as_ours_without_noise():
     baseline = make_config("mnist", "lenet5", "tp_taylor", "baselines", 3, budget=0.9, ranking="network")
     dense = make_config("mnist", "lenet5", "none", "ours", 3)
-    assert replace(baseline, method="none", recipe="ours", budget=0.0, ranking="layer") == dense
+    named = {"method": "tp_taylor", "recipe": "baselines", "budget": 0.9, "ranking": "network"}
+    assert baseline.all_settings == {**dense.all_settings, **named}
     ours = make_config("mnist", "lenet5", "BMRS_N", "ours", 3)
-    assert (baseline.epochs, baseline.fine_tune_epochs) == (ours.epochs + ours.fine_tune_epochs, 0)
+    assert baseline.epochs == baseline.total_epochs == ours.epochs + ours.fine_tune_epochs == ours.total_epochs
     assert (baseline.decay, baseline.batch_size, baseline.lr) == (True, ours.batch_size, ours.lr)
     assert baseline.label == "mnist lenet5 tp_taylor baselines budget 0.9 seed 3"
-    assert criterion(baseline) is None
     for method, recipe in (
         ("tp_magnitude", "ours"),
         ("scratch", "paper"),
@@ -135,28 +124,29 @@ def test_the_dense_network_of_a_run_is_that_of_its_recipe(recipe):
 
 def test_a_field_added_later_leaves_ids_as_they_are():
     config = make_config("digits", "mlp", "SNR", "ours", 0)
-    longer = dataclasses.make_dataclass("Longer", [("extra", int, 0)], bases=(RunConfig,), frozen=True)
-    assert longer(**asdict(config)).id == config.id
-    assert longer(**asdict(config), extra=1).id != config.id
+    longer = dataclasses.make_dataclass("Longer", [("extra", int, 0)], bases=(NoisyRun,), frozen=True, kw_only=True)
+    same = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    assert longer(**same).id == config.id
+    assert longer(**same, extra=1).id != config.id
 
 
 def test_the_papers_recipe_is_the_references():
     config = make_config("mnist", "lenet5", "BMRS_N", "paper", 0)
-    assert (config.epochs, config.fine_tune_epochs, config.prune_from, config.prune_until) == (60, 0, 1, 50)
+    assert (config.epochs, config.fine_tune_epochs, config.schedule) == (60, 0, WhileTraining(1, 50))
     assert (config.granularity, config.kl_weight, config.decay, config.kl_warmup_epochs) == (
         "element",
         "reference",
         False,
         0,
     )
-    assert (config.batch_size, config.lr, config.posterior_lr, config.noise_before_pool) == (128, 1.4e-3, 1.4e-3, True)
+    assert (config.batch_size, config.lr, config.posterior_lr, config.placement) == (128, 1.4e-3, 1.4e-3, "outputs")
     assert criterion(config) == BMRS_N(prior_log_odds=REFERENCE_LOG_ODDS)
     ranked = make_config("mnist", "lenet5", "L2", "paper", 0)
     assert criterion(ranked) == WeightNorm(criterion(config), match_by="structures")
-    assert (ranked.epochs, ranked.prune_from, ranked.prune_until) == (60, 50, 50)
+    assert (ranked.epochs, ranked.schedule) == (60, WhileTraining(50, 50))
     assert dense_of(ranked) == dense_of(config)
     assert criterion(make_config("mnist", "mlp", "BMRS_U-4", "paper", 0)) == BMRS_U(4, 23)
-    assert make_config("mnist", "mlp", "SNR", "paper", 0, epochs=6, fine_tune_epochs=2).prune_until == 6
+    assert make_config("mnist", "mlp", "SNR", "paper", 0, epochs=6, fine_tune_epochs=2).schedule.prune_until == 6
     assert (config.pixels, config.best_of) == ((-127 / 255, 128 / 255), 10)
     dense = make_config("cifar10", "mlp", "none", "paper", 0, fine_tune_epochs=2)
     assert (dense.pixels, dense.best_of, dense.epochs) == ((-1, 1), 2, 52)
@@ -173,7 +163,11 @@ def test_the_dense_network_is_one_run_whatever_the_settings_of_noise():
 def test_dense_networks_and_baselines_see_the_pixels_that_ours_does():
     ours = make_config("cifar10", "lenet5", "BMRS_N", "ours", 0)
     assert ours.pixels == (-1.9, 2.1)
-    assert dense_of(ours).pixels == make_config("cifar10", "lenet5", "tp_taylor", "baselines", 0).pixels == ours.pixels
+    assert (
+        dense_of(ours).pixels
+        == make_config("cifar10", "lenet5", "tp_taylor", "baselines", 0, budget=0.5).pixels
+        == ours.pixels
+    )
     given = configurations(Study(methods=("none", "SNR"), recipes=("ours",), networks=("mlp",), pixels=(-1.0, 1.0)))
     assert [config.pixels for config in given] == [(-1, 1)] * 2
 
@@ -197,7 +191,8 @@ def test_grids_are_of_runs_that_exist(grid, monkeypatch):
     monkeypatch.delenv("BMRS_DATA", raising=False)
     runs = configurations(Study(grid=grid))
     assert "fashion_mnist" not in {config.dataset for config in runs}
-    assert all(criterion(config) is not None or config.method == "none" for config in runs)
+    assert all(isinstance(config, DenseRun) == (config.method == "none") for config in runs)
+    assert all(isinstance(criterion(config), Criterion) for config in runs if isinstance(config, NoisyRun))
 
 
 def beside(folder, **changes):
@@ -224,16 +219,13 @@ def test_baselines_stand_beside_what_ours_came_to(tmp_path):
     baselines = configurations(beside(tmp_path))
     assert [config.method for config in baselines] == [*BASELINES] * 3
     assert {(config.dataset, config.network, config.recipe) for config in baselines} == {("digits", "mlp", "baselines")}
-    assert {(config.budget, config.epochs, config.fine_tune_epochs, config.kl_weight) for config in baselines} == {
-        (0.75, 3, 0, 1.0)
-    }
+    assert {(config.budget, config.epochs) for config in baselines} == {(0.75, 3)}
     assert [config.widths for config in baselines[3::4]] == [(9, 4), (10, 4), (11, 4)]
-    assert {config.widths for config in baselines if config.method != "scratch"} == {()}
     both = configurations(beside(tmp_path, seeds=(0, 1), methods=("tp_taylor", "scratch"), ranking="network"))
-    assert [(config.network, config.budget, config.seed, config.ranking) for config in both] == [
+    assert [(config.network, config.budget, config.seed, config.all_settings.get("ranking")) for config in both] == [
         (network, budget, seed, ranking)
         for seed in (0, 1)
-        for ranking in ("network", "layer")  # which from scratch has no part in
+        for ranking in ("network", None)  # which from scratch has no part in
         for network, budget in (("lenet5", 0.5), ("mlp", 0.725))
     ]
     assert configurations(beside(tmp_path, seeds=(0,), networks=("mlp",), datasets=("mnist", "digits"))) != []
@@ -251,14 +243,49 @@ def test_baselines_of_several_weights_of_the_kl_have_budgets_of_their_own(tmp_pa
     assert {config.budget for config in configurations(beside(tmp_path, seeds=(0,), kl_weight=(1.0,)))} == {0.5}
 
 
+def test_a_ranking_of_ours_prunes_to_the_size_of_bmrs_n_in_a_fit_like_its(tmp_path):
+    for seed, compression in ((0, 0.5), (1, 0.6)):
+        keep(tmp_path, seed, compression, (9, 9), kl_weight=4.0)
+    found = configurations(beside(tmp_path, seeds=(0, 1), methods=("L2", "random")))
+    assert [(config.method, config.recipe, config.kl_weight, config.schedule, config.seed) for config in found] == [
+        (method, "ours", 4.0, ToSize(0.55), seed) for seed in (0, 1) for method in ("L2", "random")
+    ]
+    assert {(config.epochs, config.fine_tune_epochs, config.kl_warmup_epochs) for config in found} == {(2, 1, 0)}
+    assert found[0].label == "digits mlp L2 ours budget 0.55 seed 0"
+
+
+@pytest.mark.slow
+def test_a_run_to_a_size_reaches_it_by_whatever_criterion(tmp_path):
+    config = make_config("digits", "mlp", "random", "ours", 0, pruning="to-size", budget=0.6, **TINY)
+    results = execute(config, Execution(tmp_path, device="cpu"))
+    assert results["compression"] == pytest.approx(0.6, abs=0.02)
+    (table,) = tabulate([{**results, "config": config.settings}])
+    assert table.rows[0][1] == "random (epochs 2, fine_tune_epochs 1, budget 0.6)"
+
+
+def test_settings_that_a_run_does_not_have_are_left_out_or_refused():
+    dense, lenet = (
+        make_config("digits", network, method, "ours", 0, hidden=7, kl_weight=3.0, log_high=1.0)
+        for network, method in (("mlp", "none"), ("lenet5", "BMRS_N"))
+    )
+    assert dense.net.hidden == 7
+    assert "kl_weight" not in dense.all_settings
+    assert "hidden" not in lenet.all_settings
+    assert lenet.log_high == 1
+    with pytest.raises(TypeError, match="no run has a setting called widht"):
+        make_config("digits", "mlp", "BMRS_N", "ours", 0, widht=7)
+    with pytest.raises(TypeError, match="a DenseRun of mlp has no setting kl_weight"):
+        read_config({**dense.settings, "kl_weight": 3.0})
+
+
 def test_baselines_of_nothing_are_refused_with_what_to_run_first(tmp_path):
     keep(tmp_path, 0, 0.5, (9, 9))
     for changes in ({}, {"seeds": (1,)}, {"seeds": (0,), "datasets": ("mnist",)}, {"seeds": (0,), "epochs": 5},
                     {"seeds": (0,), "networks": ("lenet5",)}, {"seeds": (0,), "kl_weight": (9.0,)}):  # fmt: skip
         with pytest.raises(ValueError, match=r"first run .* --grid table1 --recipe ours --methods BMRS_N --seeds"):
             main(beside(tmp_path, table=True, **changes))
-    with pytest.raises(ValueError, match="'SNR' does not go with the recipe 'baselines'"):
-        configurations(beside(tmp_path, seeds=(0,), methods=("SNR",)))
+    with pytest.raises(ValueError, match="no method 'L1'"):
+        configurations(beside(tmp_path, seeds=(0,), methods=("L1",)))
     for mixed in (beside(tmp_path, seeds=(0,), recipes=("ours",)), study(tmp_path, recipes=("ours", "baselines"))):
         with pytest.raises(ValueError, match="the recipe baselines is that of the grid baselines"):
             configurations(mixed)
@@ -278,7 +305,7 @@ def test_baselines_from_one_end_to_the_other(network, seeds, tmp_path, capsys):
     assert 0 < budget == pytest.approx(sum(source["compression"] for source in sources) / len(seeds), abs=1e-4)
     for config in configurations(baselines):
         found = store(tmp_path).read(config)
-        assert RunConfig(**found["config"]) == config
+        assert read_config(found["config"]) == config
         if config.method == "scratch":
             same = ("params_dense", "params_pruned", "flops_pruned", "compression")
             assert [found[key] for key in same] == [sources[config.seed][key] for key in same]
@@ -398,7 +425,7 @@ def test_every_method_and_recipe_from_one_end_to_the_other(tmp_path, capsys):
     assert printed.err.count("% removed") == 16
     for config in configurations(everything):
         results = store(tmp_path).read(config)
-        assert RunConfig(**results["config"]) == config
+        assert read_config(results["config"]) == config
         assert results["surgery_max_abs_error"] < 1e-4 if config.method != "none" else results["compression"] == 0
         assert len(results["history"]["accuracy_validation"]) == results["epochs"] == 3
         assert results["accuracy_test"] > 0.5
@@ -483,7 +510,7 @@ def check_nothing_is_lost(folder, runs):
     interrupted = max(found, key=lambda results: results["sessions"][-1])
     assert interrupted["sessions"][0] == 0
     assert interrupted["sessions"][-1] > 1
-    config = RunConfig(**interrupted["config"])
+    config = read_config(interrupted["config"])
     undisturbed = execute(config, Execution(folder / "undisturbed", device="cpu"))
     expected = json.loads(json.dumps(without_times(undisturbed)))
     assert {key: interrupted[key] for key in expected} == expected
@@ -533,8 +560,9 @@ def test_the_time_left_is_estimated_from_like_runs():
     assert seconds_left({slow: 10, fast: 5}, finished, 1) == 105
     assert seconds_left({slow: 10, fast: 5}, finished, 2) == 100  # a run is not divided
     assert seconds_left({replace(fast, dataset="mnist"): 10}, finished, 1) == 55
-    baseline, scratch = (make_config("digits", "mlp", name, "baselines", 0, epochs=10, fine_tune_epochs=0)
-                     for name in ("tp_taylor", "scratch"))  # fmt: skip
+    settings = {"epochs": 10, "fine_tune_epochs": 0, "budget": 0.5, "widths": (9, 9, 9)}
+    baseline, scratch = (make_config("digits", "mlp", name, "baselines", 0, **settings)
+                         for name in ("tp_taylor", "scratch"))  # fmt: skip
     assert seconds_left({baseline: 10, scratch: 10}, [(baseline, 90.0), (scratch, 5.0)], 1) == 95
     assert [format_seconds(s) for s in (3.2, 200, 7300)] == ["3 s", "3 min", "2 h 2 min"]
 

@@ -1,5 +1,4 @@
 import json
-from dataclasses import asdict
 
 from analysis.drawing.typeset import latex, markdown
 from analysis.runs.recipes import make_config
@@ -10,7 +9,7 @@ def result(
     method, seed, compression, accuracy, dataset="mnist", network="lenet5", recipe="paper", device="cpu: x", **settings
 ):
     return {
-        "config": asdict(make_config(dataset, network, method, recipe, seed, **settings)),
+        "config": make_config(dataset, network, method, recipe, seed, **settings).settings,
         "compression": compression,
         "accuracy_test": accuracy,
         "device": device,

@@ -28,9 +28,9 @@ def few_digits():
 )
 def test_whole_networks_have_the_sizes_that_are_known(network, parameters):
     dataset = "cifar10" if network in ("resnet50", "vit_b16") else "digits"
-    config = make_config(dataset, network, "none", "ours", 0, image_size=224, hidden=0, layers=0)
+    config = make_config(dataset, network, "none", "ours", 0, image_size=224, hidden=None, layers=None)
     with torch.device("meta"):
-        net = architecture(config, classes=10)
+        net = architecture(config.net, config.image_size, classes=10)
     assert sum(each.numel() for each in net.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
@@ -49,7 +49,7 @@ def test_weights_come_from_a_folder_where_there_is_one(tmp_path):
     config = make_config("digits", "resnet18", "BMRS_N", "ours", 0, pretrain_epochs=0, image_size=64)
     with pytest.raises(FileNotFoundError, match=r"pretrained weights of resnet18 should be in .*--weights-dir"):
         trained(config, Execution(tmp_path), few_digits(), 10)
-    known = architecture(config, classes=7)
+    known = architecture(config.net, config.image_size, classes=7)
     known.model.save_pretrained(tmp_path / "weights" / "resnet18")
     net = trained(config, Execution(tmp_path, weights=tmp_path / "weights"), few_digits(), 10)
     name = "model.resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
@@ -63,7 +63,8 @@ def test_weights_come_from_a_folder_where_there_is_one(tmp_path):
 )
 def test_the_papers_placement_is_behind_norms_and_output_projections(network, sites):
     config = make_config("digits", network, "BMRS_N", "ours", 0, placement="outputs")
-    net = with_noise(architecture(config, 10), config, few_digits().train[0])
+    net = architecture(config.net, config.image_size, 10)
+    net = with_noise(net, config.placement, config.log_high, few_digits().train[0])
     assert len(net.structures) == (20 if network == "resnet18" else 4)
     assert all(name.endswith(sites) for name in net.structures)
 
