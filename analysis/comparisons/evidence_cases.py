@@ -19,7 +19,7 @@ from analysis.data.sets import load
 from analysis.drawing.evidence_figures import draw_pair
 from models import mlp
 from pyro_bmrs.bmr.free_form import log_parabola_moment
-from pyro_bmrs.model.noise import supply_noise
+from pyro_bmrs.model.supply import supply_noise
 from pyro_bmrs.randomness import local_seed
 from pyro_bmrs.structures.inputs import to_input
 

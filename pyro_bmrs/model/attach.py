@@ -81,16 +81,7 @@ class AttachedNoise(Attachment):
         self._attach()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw the noise that is not known yet, all of it before the network runs."""
-        layers: list[Any] = list(self.noise.values())
-        drawn = [layer for layer in layers if layer.site is not None and layer.held() is None]
-        for layer in drawn:
-            layer.hold(layer.sample(layer.site, layer.kl_weight))
-        try:
-            return self.net(*args, **kwargs)
-        finally:
-            for layer in drawn:
-                layer.release()
+        return self.net(*args, **kwargs)
 
     def detach(self) -> nn.Module:
         """Take the noise off again and return the network, as it was but for what training has made of its weights."""

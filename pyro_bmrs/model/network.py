@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_bmrs.checks import check_integer, check_module, check_number, described
 from pyro_bmrs.eval_mode import evaluating
-from pyro_bmrs.model.noise import MultiplicativeNoise, check_not_vectorized, fix_noise, noise_layers, supply_noise
+from pyro_bmrs.model.handlers import check_not_vectorized, fix_sites
+from pyro_bmrs.model.noise import MultiplicativeNoise, noise_layers
+from pyro_bmrs.model.supply import supply_noise
 from pyro_bmrs.structures.copying import no_fast_path
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call
 from pyro_bmrs.structures.pair import NoisyModel
@@ -192,7 +194,7 @@ class NoisyNetwork(PyroModule, NoisyModel):
         with supply_noise(self.noise, noise, masked), no_fast_path():
             if not others:
                 return call(self.net, x)
-            with fix_noise(others):
+            with fix_sites(others):
                 return call(self.net, x)
 
     def log_likelihood(self, x: Inputs, y: Tensor, noise: Mapping[str, Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
-"""Noise on a structure is a Pyro sample site: the module that makes it, and the handler that gives it values."""
+"""The module that multiplies structures by their noise, whose values are supplied from outside."""
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -11,8 +10,6 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -22,15 +19,15 @@ from pyro_bmrs.numerics import can_branch_on
 from pyro_bmrs.structures.points import NoisePoint, noise_points
 from pyro_bmrs.structures.removal import aligned
 
-__all__ = ["MultiplicativeNoise", "check_not_vectorized", "fix_noise", "noise_layers", "supply_noise"]
+__all__ = ["MultiplicativeNoise", "Pass", "noise_layers"]
 
 
 class MultiplicativeNoise(NoisePoint):
     r"""Multiply each structure of the input by its own noise, :math:`h_i \mapsto \theta_i h_i`.
 
-    A structure is one index along ``dim``: a neuron, a filter, a channel. Inside a ``NoisyNetwork`` the forward pass
-    makes one sample site ``"<name of this module>.theta"`` of event shape ``(size,)``; anywhere else the module
-    only applies its mask, so that the same network can be trained without noise.
+    A structure is one index along ``dim``: a neuron, a filter, a channel. A ``NoisyNetwork`` makes one sample site
+    ``"<name of this module>.theta"`` of event shape ``(size,)``, and has the forward pass use its value. A network that
+    is called otherwise has no noise: the module only applies its mask.
 
     Args:
         size: Number of structures, the input's extent along ``dim``.
@@ -83,7 +80,7 @@ class MultiplicativeNoise(NoisePoint):
         _check_rebuilt(prior, self._rebuilt_prior)
         self._declared: _Declaration | None = None
         self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
-        self._waiting: list[weakref.ref[_Gradient]] = []
+        self._waiting: list[weakref.ref[Pass]] = []
         self._held: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
 
     @property
@@ -125,9 +122,6 @@ class MultiplicativeNoise(NoisePoint):
     def after_loading(self) -> None:
         self.forget()
 
-    def silence(self) -> None:
-        self.site = None
-
     def select(self, kept: Tensor) -> None:
         """Become a layer of the structures at the positions ``kept``, in place, whether removed or not."""
         self.size = len(kept)
@@ -147,10 +141,7 @@ class MultiplicativeNoise(NoisePoint):
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
                 f"input has shape {tuple(x.shape)}"
             )
-        held = self.held()
-        if held is None and self.site is not None:
-            held = self._masked(self.sample(self.site, self.kl_weight))
-        factors = self.factors() if held is None else held
+        factors = self.factors()
         return x if factors is None else self.multiply(x, factors, self.dim)
 
     def multiply(self, x: Tensor, factors: Tensor, dim: int, batch: int | None = None) -> Tensor:
@@ -209,19 +200,19 @@ class MultiplicativeNoise(NoisePoint):
         with poutine.scale(scale=kl_weight):
             return pyro.sample(site, self._declaration()[0])
 
-    def hold(self, theta: Tensor, masked: bool = True, gradient: "_Gradient | None" = None) -> None:
+    def hold(self, theta: Tensor, masked: bool, waiting: "Pass | None") -> None:
         """Take the noise of the forward pass that begins.
 
         Args:
             theta: Of shape ``(*leading, size)``.
             masked: Whether structures that have been removed are to be at 0 whatever it is.
-            gradient: What hears of its gradient, if something does already.
+            waiting: The pass, where it has a gradient.
         """
-        self._held["now"] = self._masked(theta) if masked else theta
-        gradient = gradient or _Gradient.of(theta)
-        if gradient is not None:
+        masks = masked and self._declaration()[1]
+        self._held["now"] = theta * self.keep if masks else theta
+        if waiting is not None:
             self._waiting[:] = [each for each in self._waiting if each() is not None]
-            self._waiting.append(weakref.ref(gradient))
+            self._waiting.append(weakref.ref(waiting))
 
     def release(self) -> None:
         """End the forward pass: keep its noise for its gradient only."""
@@ -261,9 +252,6 @@ class MultiplicativeNoise(NoisePoint):
             return self.keep.float()
         return held
 
-    def _masked(self, theta: Tensor) -> Tensor:
-        return theta * self.keep if self._declaration()[1] else theta
-
     def _declaration(self) -> tuple[TorchDistribution, bool]:
         """Return the site's distribution, and whether its noise has to be masked; anew only after a buffer changes."""
         known, buffers = self._declared, [each for each in self._buffers.values() if each is not None]
@@ -296,6 +284,16 @@ class MultiplicativeNoise(NoisePoint):
         return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
 
 
+class Pass:
+    """A forward pass whose gradient is to come; called when it has been computed, after which none of it runs again."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.done = True
+
+
 class _Declaration(NamedTuple):
     """What a site declares, as long as no buffer is replaced or changed in place."""
 
@@ -310,16 +308,6 @@ class _Declaration(NamedTuple):
             now is then and now._version == version
             for now, then, version in zip(buffers, self.buffers, self.versions, strict=True)
         )
-
-
-def check_not_vectorized() -> None:
-    """Raise ``ValueError`` inside a vectorised plate: a network takes one draw of its noise at a time."""
-    for handler in pyro.poutine.runtime._PYRO_STACK:
-        if isinstance(handler, IndepMessenger) and handler.dim is not None and handler.size > 1:
-            raise ValueError(
-                f"the plate {handler.name!r} asks for {handler.size} draws of the noise at once, but a network takes "
-                "one at a time: use Predictive(..., parallel=False) and ELBOs with vectorize_particles=False"
-            )
 
 
 def _check_rebuilt(prior: TorchDistribution, rebuild: Callable[[], TorchDistribution]) -> None:
@@ -337,11 +325,6 @@ def _check_rebuilt(prior: TorchDistribution, rebuild: Callable[[], TorchDistribu
         )
 
 
-def _is_ordinary_pass() -> bool:
-    """Return whether this forward pass is not mapped over replicas."""
-    return torch._C._functorch.peek_interpreter_stack() is None
-
-
 def _in_backward() -> bool:
     """Return whether autograd is computing gradients right now."""
     return torch._C._current_graph_task_id() != -1
@@ -357,76 +340,3 @@ def _as_many(factors: Tensor, shape: list[int]) -> Tensor:
     count = math.prod(shape)
     repeats = -(-count // len(factors))
     return factors.repeat(repeats, 1)[:count].reshape(*shape, factors.shape[-1])
-
-
-class _Gradient:
-    """Hears when the gradient of a pass's noise has been computed: nothing of that pass can run again then."""
-
-    def __init__(self) -> None:
-        self.done = False
-
-    @classmethod
-    def of(cls, theta: Tensor) -> "_Gradient | None":
-        """Return one for noise that will have a gradient, which it lives as long as; None for other noise."""
-        if (
-            theta.requires_grad
-            and torch.is_grad_enabled()
-            and can_branch_on(theta, on_device=True)
-            and _is_ordinary_pass()
-        ):
-            gradient = cls()
-            theta.register_hook(gradient)
-            return gradient
-        return None
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.done = True
-
-
-class fix_noise(Messenger):  # noqa: N801  (a handler, named like Pyro's)
-    """Give the sample sites named in ``values`` those values instead of draws.
-
-    Unlike ``pyro.condition`` it does not declare them observed, and unlike ``pyro.poutine.replay`` it needs no trace.
-
-    Example:
-        >>> model = bmrs.NoisyNetwork(nn.Sequential(nn.Linear(2, 3), bmrs.MultiplicativeNoise(3)), num_data=10)
-        >>> with fix_noise({"1.theta": torch.zeros(3)}):
-        ...     model.net(torch.ones(1, 2)).norm().item()
-        0.0
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        value = self.values.get(msg["name"])
-        if value is not None and not msg["is_observed"]:
-            msg["value"] = value
-            msg["done"] = True
-
-
-@contextmanager
-def supply_noise(
-    layers: Mapping[str, MultiplicativeNoise], values: Mapping[str, Tensor], masked: bool = True
-) -> Iterator[None]:
-    """Have ``layers``, by site, use ``values`` in the next forward pass and make no sample sites.
-
-    Args:
-        layers: The noise layers.
-        values: For each site a tensor of shape ``(*leading, size)``.
-        masked: Whether structures that have been removed are to be at 0 whatever the values.
-    """
-    known: dict[int, tuple[Tensor, _Gradient | None]] = {}  # one for all noise that was drawn as one tensor
-    for site, layer in layers.items():
-        theta = values[site]
-        whole = theta._base if theta._is_view() else None
-        drawn = theta if whole is None or whole.grad_fn is None else whole  # a parameter would keep what hears of it
-        if id(drawn) not in known:
-            known[id(drawn)] = drawn, _Gradient.of(drawn)
-        layer.hold(theta, masked, known[id(drawn)][1])
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.release()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pyro_bmrs.checks import check_integer
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.model.noise import supply_noise
+from pyro_bmrs.model.supply import supply_noise
 from pyro_bmrs.structures.copying import no_fast_path
 from pyro_bmrs.structures.pair import check_pair
 

@@ -50,10 +50,6 @@ class NoisePoint(nn.Module):
     def after_loading(self) -> None:
         """Adapt to buffers and sizes that have been read from a file."""
 
-    def silence(self) -> None:
-        """Apply nothing but the mask from now on."""
-        raise NotImplementedError
-
     def select(self, kept: Tensor) -> None:
         """Become a layer of the structures at the positions ``kept``, in place."""
         raise NotImplementedError

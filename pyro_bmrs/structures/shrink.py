@@ -114,9 +114,6 @@ def shrink_known(
 def _try_on_copy(net: nn.Module, structures: StructureSet, dead: Tensor, example_input: Inputs) -> None:
     """Raise unless the network that only masks has the same outputs once it is cut."""
     copy: Any = copied(net).eval()
-    points = list(noise_points(copy).items())
-    for _, point in points:
-        point.silence()
     bench = Bench.of(copy, example_input, structures.record.low_precision, trials=1, randomise=False)
     record, copy = structures.record, bench.net
     with undisturbed(copy):

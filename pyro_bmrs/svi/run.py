@@ -87,7 +87,7 @@ class Run:
         self.noisy_epochs = plan.count(NOISY)
         self.steering = pruning.steering(members[0].pruner, self.noisy_epochs * trainer.steps_per_epoch)
         if self.steering is not None:
-            trainer.multiplier = FIRST_MULTIPLIER
+            trainer.multiply_kl(FIRST_MULTIPLIER)
         self.position, self._seconds_before = 0, 0.0
         self._started = time.perf_counter()
 
@@ -171,7 +171,8 @@ class Run:
         """Take a turn at steering to a size, if one is due after the last step."""
         trainer, steering = self.trainer, self.steering
         if steering is not None and steering.is_due(trainer.step):
-            removed, trainer.multiplier = steering.turn(trainer.step, trainer.multiplier)
+            removed, multiplier = steering.turn(trainer.step, trainer.multiplier)
+            trainer.multiply_kl(multiplier)
             if any(removed.values()):
                 self.members[0].callbacks.on_pruning(self.position + 1, removed)
 

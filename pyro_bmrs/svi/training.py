@@ -80,7 +80,7 @@ class Trainer:
         capturable: Whether the optimiser is to be captured in a CUDA graph.
 
     Attributes:
-        multiplier: Of the weight of the KL.
+        multiplier: What the weight of the KL is multiplied by.
         step: Number of steps so far.
     """
 
@@ -104,6 +104,10 @@ class Trainer:
         groups = [{"params": each, "lr": rate} for each, rate in zip(self.trainee.parameters(), rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self._capturable)
         self.network_changed()
+
+    def multiply_kl(self, multiplier: float) -> None:
+        """Multiply the weight of the KL from the next step on."""
+        self.multiplier = multiplier
 
     def network_changed(self) -> None:
         """Prepare steps anew, since parameters have been replaced by smaller ones."""

@@ -15,8 +15,8 @@ from torch.distributions import kl_divergence
 
 from pyro_bmrs.checks import check_integer, described
 from pyro_bmrs.model.guides.latents import LatentGuide
+from pyro_bmrs.model.handlers import check_not_vectorized, fix_sites
 from pyro_bmrs.model.network import NoisyNetwork
-from pyro_bmrs.model.noise import check_not_vectorized, fix_noise
 from pyro_bmrs.structures.pair import NoisePosterior, check_model
 from pyro_bmrs.structures.sampled_weights import sampled_sites
 
@@ -333,7 +333,7 @@ class FlatGuide(PyroModule, NoisePosterior, metaclass=_Checked):
         check_not_vectorized()
         model = self._model[0]
         layers, values = model.noise, self.draw()
-        with fix_noise(values), poutine.scale(scale=model.kl_weight):
+        with fix_sites(values), poutine.scale(scale=model.kl_weight):
             for site, posterior in self.posterior().items():
                 with poutine.scale(scale=model.kl_weights[site]):
                     pyro.sample(site, layers[site].site_distribution(posterior))

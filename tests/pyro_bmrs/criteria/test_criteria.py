@@ -6,7 +6,7 @@ from nets import build
 from torch.distributions import Distribution
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.model.noise import fix_noise
+from pyro_bmrs.model.supply import supply_noise
 
 ALL = [
     bmrs.BMRS_N(),
@@ -136,7 +136,7 @@ def test_gradient_weight_norm_is_the_product_of_both_norms(context):
     net = context.model.net
     scores = bmrs.GradientWeightNorm().scores(context)
     means = {site: mean.detach() for site, mean in context.guide.mean().items()}
-    with fix_noise(means):
+    with supply_noise(context.model.noise, means):
         loss = torch.nn.functional.cross_entropy(net(context.x), context.y)
     gradient = torch.autograd.grad(loss, net.fc2.weight)[0]
     torch.testing.assert_close(-scores["fc2_noise.theta"], gradient.norm(dim=1) * net.fc2.weight.norm(dim=1))

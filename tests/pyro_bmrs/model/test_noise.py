@@ -3,11 +3,10 @@ import copy
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.model.noise import fix_noise
+from pyro_bmrs.model.supply import supply_noise
 
 
 def test_outside_a_model_it_only_masks():
@@ -26,7 +25,7 @@ def test_noise_lines_up_with_its_dimension(shape, dim, leading):
     net = nn.Sequential(bmrs.MultiplicativeNoise(3, dim=dim), nn.Identity())
     model = bmrs.NoisyNetwork(net, likelihood=lambda out: dist.Normal(out, 1).to_event(out.dim() - 1))
     x, theta = torch.randn(shape), torch.rand(*leading, 3)
-    with fix_noise({"0.theta": theta}):
+    with supply_noise(model.noise, {"0.theta": theta}):
         found = model.net(x)
     moved = x.movedim(dim, -1)
     if leading == (4,):
@@ -51,8 +50,9 @@ def test_selecting_takes_mask_prior_and_site_along():
     layer.select(torch.tensor([1, 2]))
     assert model.masks["0.theta"].tolist() == [False, True]
     assert layer.prior.log_low.tolist() == [-4.0, -5.0]
-    site = poutine.trace(layer).get_trace(torch.randn(4, 2)).nodes["0.theta"]
-    assert (site["fn"].event_shape, site["value"].shape) == ((2,), (2,))
+    declared = layer.site_distribution(layer.prior)
+    assert (declared.event_shape, layer.sample("0.theta").shape) == ((2,), (2,))
+    assert torch.equal(layer(torch.ones(4, 2)), torch.tensor([0.0, 1.0]).expand(4, 2))
 
 
 def test_a_prior_of_its_own_travels_with_the_layer():
@@ -83,7 +83,7 @@ def test_activations_keep_their_dtype():
     layer = model.net[0]
     for removed in (0, 1):
         layer.remove(torch.arange(3) < removed)
-        with fix_noise({"0.theta": torch.full((3,), 0.5)}):
+        with supply_noise(model.noise, {"0.theta": torch.full((3,), 0.5)}):
             assert layer(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
@@ -113,6 +113,6 @@ def test_a_removed_structure_is_off_whatever_its_noise():
     off = torch.tensor([0.5, 0.0, 3.0]).expand(4, 3)
     assert torch.equal(model.run(x, {"0.theta": theta}), off)
     assert torch.equal(model.run(x, {"0.theta": theta.expand(4, 3)}), off)
-    with fix_noise({"0.theta": theta}):
+    with supply_noise(model.noise, {"0.theta": theta}):
         assert torch.equal(net(x), off)
     assert torch.equal(model.run(x, {"0.theta": theta}, masked=False), theta.expand(4, 3))

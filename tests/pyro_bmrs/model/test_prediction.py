@@ -15,7 +15,7 @@ def test_prediction_is_the_model_conditioned_on_the_masked_means():
     masks = random_masks(model)
     values = {site: mean.detach() * masks[site] for site, mean in guide.mean().items()}
     with torch.no_grad():
-        expected = poutine.condition(model.net.forward, values)(x)
+        expected = poutine.condition(model, values)(x)
     torch.testing.assert_close(bmrs.predict(model, guide, x, masks), expected)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from models import lenet5
-from pyro_bmrs.model.noise import fix_noise
+from pyro_bmrs.model.supply import supply_noise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 OPTIMIZERS = {
@@ -38,7 +38,7 @@ class Run:
         losses = []
         self.model.train()
         for _ in range(steps):
-            with fix_noise(self.noise()):
+            with supply_noise(self.model.noise, self.noise()):
                 logits = self.model.net(self.x).movedim(-1, 1)
                 y = self.y.view(-1, *(1,) * (logits.dim() - 2)).expand(-1, *logits.shape[2:])
                 loss = nn.functional.cross_entropy(logits, y) + self.guide.kl() / self.model.num_data

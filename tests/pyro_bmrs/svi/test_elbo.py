@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.model.noise import fix_noise, supply_noise
+from pyro_bmrs.model.supply import supply_noise
 
 
 def loss_and_gradients(elbo, model, guide, x, y, seed=1):
@@ -183,9 +183,7 @@ def test_score_of_the_observations_is_that_of_their_site(likelihood):
     model = bmrs.NoisyNetwork(model.net, likelihood, num_data=100)
     y = torch.arange(len(x)) % 4
     theta = {site: torch.rand(size, dtype=torch.float64) for site, size in model.sizes.items()}
-    with poutine.trace() as traced, fix_noise(theta):
-        model(x, y)
-    site = traced.trace.nodes["obs"]
+    site = poutine.trace(poutine.condition(model, theta)).get_trace(x, y).nodes["obs"]
     found = model.log_likelihood(x, y, noise=theta)
     torch.testing.assert_close(found, (site["scale"] * site["fn"].log_prob(y)).sum())
 
@@ -193,13 +191,14 @@ def test_score_of_the_observations_is_that_of_their_site(likelihood):
 def test_supplied_noise_makes_no_site_and_is_gone_afterwards():
     model, _, x = build("mlp")
     zeros = {site: torch.zeros(size) for site, size in model.sizes.items()}
-    with poutine.trace() as supplied, supply_noise(model.noise, zeros):
-        found = model.net(x)
-    assert not supplied.trace.nodes
-    torch.testing.assert_close(found, model.net.output(torch.zeros(len(x), 12)))
     with poutine.trace() as traced:
-        model.net(x)
-    assert set(model.sizes) <= set(traced.trace.nodes)
+        plain = model.net(x)
+        with supply_noise(model.noise, zeros):
+            found = model.net(x)
+        torch.testing.assert_close(model.net(x), plain, rtol=0, atol=0)
+    assert not traced.trace.nodes
+    torch.testing.assert_close(found, model.net.output(torch.zeros(len(x), 12)))
+    assert not torch.allclose(found, plain)
 
 
 @pytest.mark.parametrize("label", [-100, -1, 4])

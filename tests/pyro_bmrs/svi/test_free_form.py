@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.model.noise import supply_noise
+from pyro_bmrs.model.supply import supply_noise
 
 X = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
 LABELS = (X[:, 0] + X[:, 1].square() > 1).long()
