@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -29,7 +29,7 @@ from analysis.runs.config import (
 from analysis.runs.execution import Execution
 from analysis.runs.progress import Progress
 from analysis.runs.recipes import make_config
-from analysis.runs.scheduling import connect, count_cores, count_workers, on_dask, on_this_machine
+from analysis.runs.scheduling import connect, count_cores, count_workers, launched, on_dask, on_this_machine, together
 from analysis.runs.store import Store
 from analysis.tables import write_tables
 from pyro_bmrs.svi.elbo import Granularity
@@ -132,6 +132,7 @@ class Study:
     scheduler: str | None = None
     """Address of dask's scheduler; workers, of one thread each, need this checkout, the data and the work folder."""
     device: str = "auto"
+    """Several devices train each run together where torchrun starts the command."""
     compile: bool = False
     """Compile training steps (on CUDA: capture them as a graph)."""
     checkpoint_every: int = 1
@@ -169,7 +170,11 @@ def main(study: Study, arguments: Sequence[str] = ()) -> bool:
     done = [config for config in configs if store.state(config) == "done"]
     print(f"{len(configs)} runs: {len(done)} done, {len(todo)} to do", flush=True)
     if todo:
-        _run(study, todo, [(config, store.read(config)["seconds"]) for config in done], store, _command(arguments))
+        finished = [(config, store.read(config)["seconds"]) for config in done]
+        if (fabric := launched(study.device)) is None:
+            _run(study, todo, finished, store, _command(arguments))
+        else:
+            _run_together(study, fabric, fabric.broadcast(todo), store, _command(arguments))
     return _list_failures(configs, store) == 0
 
 
@@ -228,19 +233,11 @@ def _is_at_hand(dataset: str, data_dir: Path | None) -> bool:
 def _run(
     study: Study, todo: Sequence[RunConfig], done: list[tuple[RunConfig, float]], store: Store, command: str
 ) -> None:
-    """Execute runs and keep the results of each as soon as it ends."""
+    """Execute runs, several side by side, and keep the results of each as soon as it ends."""
     if study.jobs < 1:
         raise ValueError(f"jobs must be at least 1, but got {study.jobs}")
     local = study.backend == "local"
-    execution = Execution(
-        work=study.work.resolve(),
-        data_dir=None if study.data_dir is None else study.data_dir.expanduser().resolve(),
-        device=study.device,
-        threads=study.threads or (max(count_cores() // study.jobs, 1) if local else 1),
-        compile=study.compile,
-        checkpoint_every=study.checkpoint_every,
-        weights=None if study.weights_dir is None else study.weights_dir.expanduser().resolve(),
-    )
+    execution = _execution(study, max(count_cores() // study.jobs, 1) if local else 1)
     with ExitStack() as stack:
         if local:
             jobs, outcomes = study.jobs, on_this_machine(todo, execution, study.jobs)
@@ -256,6 +253,30 @@ def _run(
             else:
                 store.write(outcome.config, outcome.results, **about)
             progress.tell(outcome.config, outcome.results, outcome.error)
+
+
+def _run_together(study: Study, fabric: Any, todo: Sequence[RunConfig], store: Store, command: str) -> None:
+    """Execute runs one after another, each on all devices, and have the first process keep the results."""
+    if study.jobs != 1 or study.backend != "local":
+        raise ValueError("processes that torchrun has started train one run together: leave out --jobs and --backend")
+    execution = replace(_execution(study, 1), fabric=fabric)
+    for outcome in together(todo, execution):
+        if outcome.results:
+            store.write(outcome.config, outcome.results, command=command, jobs=1, backend="local")
+            print(f"{outcome.config.label}: done", flush=True)
+
+
+def _execution(study: Study, threads: int) -> Execution:
+    """Return how the study's runs are executed, by default with so many threads."""
+    return Execution(
+        work=study.work.resolve(),
+        data_dir=None if study.data_dir is None else study.data_dir.expanduser().resolve(),
+        device=study.device,
+        threads=study.threads or threads,
+        compile=study.compile,
+        checkpoint_every=study.checkpoint_every,
+        weights=None if study.weights_dir is None else study.weights_dir.expanduser().resolve(),
+    )
 
 
 def _command(arguments: Sequence[str]) -> str:

@@ -1,15 +1,18 @@
 """How runs are executed, and what the folder of their checkpoints tells: who is at work, and how far it is."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from filelock import FileLock, Timeout
 
 from analysis.runs.config import AfterTraining, NoisyRun, RunConfig
 from pyro_bmrs import PostTraining
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = [
     "LEVELS",
@@ -39,6 +42,8 @@ class Execution:
         compile: Whether to compile training steps (on CUDA: to capture them), instead of shrinking while training.
         checkpoint_every: Epochs between checkpoints.
         weights: Folder of pretrained weights, each in a folder of the network's name.
+        fabric: Launched, of several processes that train one run together, of which the first writes what is kept;
+            ``None`` for one process.
     """
 
     work: Path
@@ -48,6 +53,18 @@ class Execution:
     compile: bool = False
     checkpoint_every: int = 1
     weights: Path | None = None
+    fabric: "Fabric | None" = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the only one, or the first of several."""
+        return self.fabric is None or self.fabric.is_global_zero
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Have the first process go through this block alone, and the others after it."""
+        with nullcontext() if self.fabric is None else self.fabric.rank_zero_first():
+            yield
 
 
 def work_folder(config: RunConfig, execution: Execution) -> Path:
@@ -56,11 +73,15 @@ def work_folder(config: RunConfig, execution: Execution) -> Path:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock that goes with the process, so that no two runs write the same checkpoint."""
+def run_lock(config: RunConfig, execution: Execution) -> Iterator[Path]:
+    """Hold a lock on the folder of a run's checkpoints, so that no two commands write the same; return the folder.
+
+    It goes with the process. Of several processes that train together, the first holds it.
+    """
+    folder = work_folder(config, execution)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / _LOCK):
-        yield
+    with FileLock(folder / _LOCK) if execution.is_first else nullcontext():
+        yield folder
 
 
 def note_session(config: RunConfig, execution: Execution) -> list[int]:

@@ -37,12 +37,14 @@ __all__ = ["execute"]
 def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its results.
 
-    Two calls for the same run, in whatever processes, wait for each other.
+    Two calls for the same run, in whatever processes, wait for each other. Of several processes that train together,
+    only the first has results.
     """
     torch.set_num_threads(execution.threads)
-    with run_lock(work_folder(config, execution)):
-        sessions = note_session(config, execution)
-        split = _on_device(_load(config, execution), resolve_device(execution.device))
+    device = resolve_device(execution.device) if execution.fabric is None else execution.fabric.device
+    with run_lock(config, execution):
+        sessions = note_session(config, execution) if execution.is_first else []
+        split = _on_device(_load(config, execution), device)
         net: Any = _build(config, execution, split)
         if not isinstance(config.net, Pretrained):
             # On a CPU convolutions of few channels take up to 1.5 times as long in the other layout. There torch 2.13.0
@@ -50,6 +52,10 @@ def execute(config: RunConfig, execution: Execution) -> dict[str, Any]:
             # the shortcuts of a narrow ResNet.
             net.to(memory_format=torch.channels_last)
         results = _run(config, execution, net, split)
+    if not execution.is_first:
+        return {}
+    if execution.fabric is not None:
+        results["processes"] = execution.fabric.world_size
     return {
         "dataset": config.dataset,
         "network": config.network,

@@ -20,7 +20,7 @@ from analysis.runs.recipes import criterion
 from analysis.runs.reference import reference_compression, reference_kl_weights
 from analysis.runs.results import evaluate, short_history
 from pyro_bmrs.model.noise import noise_layers
-from pyro_bmrs.structures.compact import without_noise
+from pyro_bmrs.structures.compact import structures_of, without_noise
 from pyro_bmrs.structures.inputs import to_input
 from pyro_bmrs.structures.points import Attachment
 
@@ -46,6 +46,8 @@ def execute_while_training(config: NoisyRun, execution: Execution, net: nn.Modul
         fine_tune_epochs=config.fine_tune_epochs,
         callbacks=[best],
     )
+    if not execution.is_first:
+        return {}
     best.restore()
     return _results(dense, model, guide, result, split)
 
@@ -63,13 +65,11 @@ def execute_post_training(config: NoisyRun, execution: Execution, net: nn.Module
     dense = copy.deepcopy(net).to(split.train[0].device)
     model, guide = _program(config, net, split.train[0])
     fit = _fit(config, execution, model, guide, split)
-    shared_folder = work_folder(shared_training(config), execution)
-    with run_lock(shared_folder):
+    with run_lock(shared_training(config), execution) as shared_folder:
         trained = fit(folder=shared_folder, criterion=None, epochs=config.epochs, fine_tune_epochs=0)
     scores = _scores(model, guide, config, split)
     chosen, decision = scores[config.method], criterion(config, split.train)
-    has_line = config.method.startswith((*_OF_POSTERIORS, "free_form"))
-    line = (chosen >= 0).double().mean().item() if has_line else None
+    line = (chosen >= 0).double().mean().item() if decision.has_line else None
     levels = LEVELS if line is None else tuple(sorted({*LEVELS, line}))
     result = fit(
         folder=work_folder(config, execution),
@@ -79,6 +79,8 @@ def execute_post_training(config: NoisyRun, execution: Execution, net: nn.Module
         fine_tune_epochs=0,
         callbacks=[_TestAccuracy(model, guide, split.test)],
     )
+    if not execution.is_first:
+        return {}
     keys = ("level", "removed", "compression", "accuracy_validation", "accuracy_test")
     return {
         **_results(dense, model, guide, result, split),
@@ -127,7 +129,8 @@ def _fit(
         kl_warmup_epochs=config.kl_warmup_epochs,
         decay=config.decay,
         granularity=config.granularity,
-        device=split.train[0].device,
+        device="auto" if execution.fabric is not None else split.train[0].device,
+        fabric=execution.fabric,
         compile=execution.compile,
         seed=config.seed,
         progress=False,
@@ -181,7 +184,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Return the scores that every method gives the same trained network, flat over all sites."""
     x, y = to_input(split.train[0][: config.batch_size]), split.train[1][: config.batch_size]
-    context = bmrs.PruningContext(model.eval(), guide, bmrs.find_structures(model.net, x[:2]), x, y)
+    context = bmrs.PruningContext(model.eval(), guide, structures_of(model.net, x[:2]), x, y)
     scores = {}
     for method in dict.fromkeys((*METHODS[1:], config.method)):
         each = criterion(replace(config, method=method), split.train)

@@ -14,7 +14,7 @@ import pyro_bmrs as bmrs
 from analysis.data.sets import Split
 from analysis.runs.config import Placement, Pretrained, RunConfig, select_config
 from analysis.runs.dense import train_dense
-from analysis.runs.execution import Execution, run_lock, work_folder
+from analysis.runs.execution import Execution, run_lock
 from pyro_bmrs.structures.inputs import to_input
 
 __all__ = ["Logits", "architecture", "trained", "with_noise"]
@@ -96,8 +96,7 @@ def trained(config: RunConfig, execution: Execution, split: Split, classes: int)
     before = _pretraining(config, config.net.pretrain_epochs)
     torch.manual_seed(before.seed)
     net = architecture(config.net, before.image_size, classes).to(split.train[0].device)
-    folder = work_folder(before, execution)
-    with run_lock(folder):
+    with execution.first_alone(), run_lock(before, execution) as folder:
         rates = (before.epochs, before.batch_size, before.lr, before.seed)
         train_dense(net, split.train, *rates, validation=split.validation, folder=folder)
     return net

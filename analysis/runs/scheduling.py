@@ -1,24 +1,40 @@
-"""Runs side by side: in processes of one machine by joblib, or on a cluster by dask."""
+"""Runs side by side: in processes of one machine by joblib, or on a cluster by dask; or one run on several devices."""
 
+import os
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from analysis.common.extras import require
-from analysis.runs.config import RunConfig
+from analysis.runs.config import NoisyRun, RunConfig
 from analysis.runs.execution import Execution
 from analysis.runs.experiment import execute
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 require("study", "joblib")
 
 from joblib import Parallel, cpu_count, delayed, parallel_config  # noqa: E402
 from joblib.externals.loky.process_executor import TerminatedWorkerError  # noqa: E402
 
-__all__ = ["Outcome", "attempt", "connect", "count_cores", "count_workers", "on_dask", "on_this_machine"]
+__all__ = [
+    "Outcome",
+    "attempt",
+    "connect",
+    "count_cores",
+    "count_workers",
+    "launched",
+    "on_dask",
+    "on_this_machine",
+    "together",
+]
 
+_LONGEST_WAIT = timedelta(days=7)  # of processes for the first one, which trains dense networks alone
 _MAX_DEATHS = 3  # of workers in a row without a run in between that ends
 _ALONE = threading.Lock()  # a run seeds generators and sets switches that belong to its whole process
 
@@ -79,6 +95,33 @@ def on_this_machine(configs: Sequence[RunConfig], execution: Execution, jobs: in
                     f"processes were killed {deaths} times in a row with {len(left)} runs left, perhaps for want of "
                     "memory: lower --jobs; what is done is kept"
                 ) from error
+
+
+def launched(device: str) -> "Fabric | None":
+    """Return the processes that torchrun has started this one with; None where it stands alone."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return None
+    from lightning_fabric import Fabric  # noqa: PLC0415  (slow)
+    from lightning_fabric.strategies.ddp import DDPStrategy  # noqa: PLC0415  (slow)
+
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    strategy = DDPStrategy(timeout=_LONGEST_WAIT)
+    fabric = Fabric(accelerator=device, devices=here, num_nodes=processes // here, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def together(configs: Sequence[RunConfig], execution: Execution) -> Generator[Outcome]:
+    """Execute runs one after another, those with noise in all processes of ``execution.fabric``, others in the first.
+
+    An error ends them all. Only in the first process do outcomes have results.
+    """
+    for config in configs:
+        if isinstance(config, NoisyRun):
+            yield Outcome(config, execute(config, execution))
+        elif execution.is_first:
+            yield Outcome(config, execute(config, replace(execution, fabric=None)))
 
 
 @contextmanager

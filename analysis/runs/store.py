@@ -48,6 +48,7 @@ class RunResult(_OfEveryRun, total=False):
         config: The settings of its ``RunConfig``, those that have a default and still its value left out.
         compression: Fraction of the trainable parameters that is removed.
         sessions: Epochs done at the start of each session.
+        processes: That have trained it together, where they were several.
         accuracy_test_masked: Of runs with noise: before surgery.
         surgery_max_abs_error: Largest difference that surgery has made to a logit.
         structures: Structures of each noise layer at first.
@@ -59,6 +60,7 @@ class RunResult(_OfEveryRun, total=False):
         change: Points of test accuracy beside the dense network of the same seed, where tables have filled it in.
     """
 
+    processes: int
     accuracy_test_masked: float
     surgery_max_abs_error: float
     structures: dict[str, int]

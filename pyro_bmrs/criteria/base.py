@@ -7,7 +7,7 @@ criterion would.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -57,6 +57,9 @@ class PruningContext:
 class Criterion:
     """A rule for what to remove.
 
+    Attributes:
+        has_line: Whether it says by itself how much to remove; a criterion that only ranks does not.
+
     Example:
         >>> class SmallMean(bmrs.Criterion):
         ...     def scores(self, context):
@@ -69,6 +72,8 @@ class Criterion:
         >>> SmallMean().removable(context)["2.theta"].sum()
         tensor(0)
     """
+
+    has_line: ClassVar[bool] = True
 
     def scores(self, context: PruningContext) -> Scores:
         """Return a tensor of shape ``(size,)`` for each site; higher = remove first."""

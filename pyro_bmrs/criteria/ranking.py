@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,14 @@ class RankingCriterion(Criterion):
         ValueError: If ``match_by`` is neither.
     """
 
+    has_line: ClassVar[bool] = False
     match: Criterion = field(default_factory=BMRS_N)
     match_by: _MatchBy = field(default="parameters", kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, Criterion):
             raise TypeError(f"match must be a Criterion, for instance BMRS_N(), but got {described(self.match)}")
-        if isinstance(self.match, RankingCriterion):
+        if not self.match.has_line:
             raise TypeError(f"match must have a decision line of its own, but {type(self.match).__name__} only ranks")
         if self.match_by not in get_args(_MatchBy):
             raise ValueError(f"match_by must be one of {get_args(_MatchBy)}, but got {self.match_by!r}")

@@ -12,7 +12,7 @@ from pyro_bmrs.structures.attention import HeadwiseAttention
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.inputs import Inputs, batch_size, call, call_example, output_tensors, to_network
 from pyro_bmrs.structures.norms import averaging_norms, legible_norms
-from pyro_bmrs.structures.points import NoisePoint, noise_points, replace_everywhere
+from pyro_bmrs.structures.points import Attachment, NoisePoint, noise_points, replace_everywhere
 from pyro_bmrs.structures.reading import Reading
 from pyro_bmrs.structures.removal import adopt_attention
 from pyro_bmrs.structures.rules import RULES
@@ -58,8 +58,8 @@ def find_structures(
         A mapping from the names of layers to ``Structure``. ``print`` it, and ``select`` from it.
 
     Raises:
-        ValueError: If the network does not run on the example, ``outputs`` names no module, or a noise layer does not
-            fit its input.
+        ValueError: If the network does not run on the example or has noise attached to it, ``outputs`` names no module,
+            or a noise layer does not fit its input.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -169,6 +169,11 @@ def _check_modules(net: nn.Module) -> None:
     for name, module in net.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'the network'!r} is a ScriptModule; give the module that it was made from")
+        if isinstance(module, Attachment):
+            raise ValueError(
+                "the network has noise attached already, whose structures it has as its attribute structures: detach() "
+                "that before you look for others"
+            )
     for name, parameter in net.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run the network on an example once")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pyro_bmrs.checks import check_flag, check_integer, check_number, described
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.schedule import MOST_EPOCHS, Rates
-from pyro_bmrs.svi.steering import Steering
+from pyro_bmrs.svi.steering import Gradual, Steering, Target
 
 __all__ = ["NOISY", "Continuous", "PlannedEpoch", "PostTraining", "Pruning", "ToSize"]
 
@@ -50,7 +50,7 @@ class Pruning:
         """Return the epochs between those with noise and the fine-tuning."""
         return []
 
-    def steering(self, pruner: Pruner, steps: int) -> Steering | None:
+    def steering(self, pruner: Pruner, steps: int) -> Target | None:
         """Return what to ask after each of the ``steps`` steps with noise, or None."""
         return None
 
@@ -166,7 +166,8 @@ class ToSize(Pruning):
     The weight of the KL is multiplied every now and then by more or less than 1, as the size that the criterion
     supports is too large or too small: a Lagrange multiplier on the expected cost. It begins small, so that there is no
     warm-up. What is removable is removed, never beyond the size; what is then still missing goes by score. The last
-    structure of a site stays.
+    structure of a site stays. By a criterion that only ranks, structures go by score, more and more of them until 70 %
+    of the steps, while the weight of the KL warms up and stays what it is.
 
     Args:
         remove: Fraction of the cost to remove, inside (0, 1).
@@ -195,5 +196,6 @@ class ToSize(Pruning):
         if self.cost not in ("parameters", "flops"):
             raise ValueError(f'cost must be "parameters" or "flops", but got {self.cost!r}')
 
-    def steering(self, pruner: Pruner, steps: int) -> Steering | None:
-        return Steering(pruner, self.remove, self.cost, steps) if steps else None
+    def steering(self, pruner: Pruner, steps: int) -> Target | None:
+        kind = Gradual if pruner.criterion is not None and not pruner.criterion.has_line else Steering
+        return kind(pruner, self.remove, self.cost, steps) if steps else None

@@ -15,7 +15,6 @@ from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.pruning import NOISY, PlannedEpoch, Pruning
 from pyro_bmrs.svi.result import FitResult
-from pyro_bmrs.svi.steering import FIRST_MULTIPLIER
 from pyro_bmrs.svi.training import Trainer
 
 __all__ = ["Member", "Run"]
@@ -87,7 +86,7 @@ class Run:
         self.noisy_epochs = plan.count(NOISY)
         self.steering = pruning.steering(members[0].pruner, self.noisy_epochs * trainer.steps_per_epoch)
         if self.steering is not None:
-            trainer.multiply_kl(FIRST_MULTIPLIER)
+            trainer.multiply_kl(self.steering.first_multiplier)
         self.position, self._seconds_before = 0, 0.0
         self._started = time.perf_counter()
 

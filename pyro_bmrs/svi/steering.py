@@ -1,4 +1,4 @@
-"""Steering the weight of the KL so that the evidence leaves a network of a given size."""
+"""Pruning to a size: by steering the weight of the KL, or step by step where the criterion only ranks."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from torch import Tensor
 from pyro_bmrs.structures.cost import count_flops, count_parameters
 from pyro_bmrs.svi.pruner import Pruner
 
-__all__ = ["FIRST_MULTIPLIER", "Steering"]
+__all__ = ["Gradual", "Steering", "Target"]
 
-FIRST_MULTIPLIER = 0.05  # of the KL's weight: it rises while weights learn, in the place of a warm-up
+_FIRST_MULTIPLIER = 0.05  # of the KL's weight: it rises while weights learn, in the place of a warm-up
 _TURNS = 60  # of a fit
 _GAIN = 0.2  # nats of the multiplier's logarithm, a turn, for each nat that the size's logarithm is off
 _LARGEST_STEP = 0.4  # nats per turn
@@ -23,12 +23,8 @@ _LARGEST = 1e6
 _SMALLEST_SIZE = 1e-4
 
 
-class Steering:
-    """Says how to change the weight of the KL, and removes what is removable under it.
-
-    The multiplier of the weight grows while the network that the criterion would leave is too large, and falls while it
-    is too small, in proportion to the logarithm of the ratio. It must change slowly: posteriors follow it within some
-    hundred steps, and a weight that has shot past its goal takes whole layers with it.
+class Target:
+    """A size to reach while training, in turns, each of which also says what to multiply the weight of the KL by next.
 
     Args:
         pruner: Asks the criterion and removes.
@@ -36,9 +32,14 @@ class Steering:
         cost: What is counted.
         steps: Number of steps with noise.
 
+    Attributes:
+        first_multiplier: What to multiply it by at first.
+
     Raises:
         ValueError: If there is no criterion, or the size is out of reach even with one structure per site.
     """
+
+    first_multiplier = _FIRST_MULTIPLIER
 
     def __init__(self, pruner: Pruner, remove: float, cost: Literal["parameters", "flops"], steps: int) -> None:
         self.pruner, self.remove, self.cost, self.steps = pruner, remove, cost, steps
@@ -60,14 +61,7 @@ class Steering:
 
     def turn(self, step: int, multiplier: float) -> tuple[dict[str, int], float]:
         """Remove what is due after ``step`` steps; return how many structures those were and the next multiplier."""
-        off = self._off(self.pruner.masks_without_removable())
-        removed: dict[str, int] = {}
-        if step >= _FIRST_REMOVAL * self.steps and (off > -_CLOSE or step > _REMOVAL_AT_ALL_COSTS * self.steps):
-            removed = self.pruner.remove_within(self.cost_removed, self.remove, removable_only=True)
-        if off > 0 and self._off(self.pruner.masks) < _NEARLY_THERE:
-            return removed, multiplier
-        bound, step_size = math.log(_LARGEST), min(_GAIN * off, _LARGEST_STEP)
-        return removed, math.exp(min(max(math.log(multiplier) + step_size, -bound), bound))
+        raise NotImplementedError
 
     def complete(self) -> dict[str, int]:
         """Remove what the size still lacks, by score, and return how many structures those were."""
@@ -77,12 +71,49 @@ class Steering:
         """Return the fraction of the cost that masks remove."""
         return 1 - self._cost(masks) / self._dense
 
-    def _off(self, masks: Mapping[str, Tensor]) -> float:
-        """Return how much larger than the goal the network is that masks leave, as the logarithm of the ratio."""
-        return math.log(max(1 - self.cost_removed(masks), _SMALLEST_SIZE) / (1 - self.remove))
-
     def _cost(self, masks: Mapping[str, Tensor] | None) -> int:
         net, structures = self.pruner.model.net, self.pruner.structures
         if self.cost == "parameters":
             return count_parameters(net, structures, masks)
         return count_flops(net, self.pruner.example, structures, masks)
+
+
+class Steering(Target):
+    """Says how to change the weight of the KL, and removes what is removable under it.
+
+    The multiplier of the weight grows while the network that the criterion would leave is too large, and falls while it
+    is too small, in proportion to the logarithm of the ratio. It must change slowly: posteriors follow it within some
+    hundred steps, and a weight that has shot past its goal takes whole layers with it.
+    """
+
+    def turn(self, step: int, multiplier: float) -> tuple[dict[str, int], float]:
+        off = self._off(self.pruner.masks_without_removable())
+        removed: dict[str, int] = {}
+        if step >= _FIRST_REMOVAL * self.steps and (off > -_CLOSE or step > _REMOVAL_AT_ALL_COSTS * self.steps):
+            removed = self.pruner.remove_within(self.cost_removed, self.remove, removable_only=True)
+        if off > 0 and self._off(self.pruner.masks) < _NEARLY_THERE:
+            return removed, multiplier
+        bound, step_size = math.log(_LARGEST), min(_GAIN * off, _LARGEST_STEP)
+        return removed, math.exp(min(max(math.log(multiplier) + step_size, -bound), bound))
+
+    def _off(self, masks: Mapping[str, Tensor]) -> float:
+        """Return how much larger than the goal the network is that masks leave, as the logarithm of the ratio."""
+        return math.log(max(1 - self.cost_removed(masks), _SMALLEST_SIZE) / (1 - self.remove))
+
+
+class Gradual(Target):
+    r"""Removes by score alone, for criteria without a decision line, much at first and less and less.
+
+    A fraction t into the turns, :math:`1 - (1 - t)^3` of the whole is removed; the weight of the KL warms up before.
+
+    References:
+        To prune, or not to prune: exploring the efficacy of pruning for model compression (Zhu and Gupta, 2017)
+    """
+
+    def turn(self, step: int, multiplier: float) -> tuple[dict[str, int], float]:
+        begin, end = _FIRST_REMOVAL * self.steps, _REMOVAL_AT_ALL_COSTS * self.steps
+        warm = _FIRST_MULTIPLIER + (1 - _FIRST_MULTIPLIER) * min(step / begin, 1)
+        if step < begin:
+            return {}, warm
+        due = self.remove * (1 - (1 - min((step - begin) / (end - begin), 1)) ** 3)
+        return self.pruner.remove_within(self.cost_removed, due, removable_only=False), warm

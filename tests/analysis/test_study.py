@@ -3,9 +3,12 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,11 +23,12 @@ from analysis.runs.progress import Progress, format_seconds, seconds_left
 from analysis.runs.recipes import criterion, dense_of, make_config
 from analysis.runs.reference import REFERENCE_LOG_ODDS
 from analysis.runs.store import Store
-from analysis.study import _RESULTS, GRIDS, Study, _command, configurations, main
+from analysis.study import _RESULTS, GRIDS, Study, _command, _run_together, configurations, main
 from analysis.tables import tabulate
 from pyro_bmrs import BMRS_N, BMRS_U, Criterion, WeightNorm
 from pyro_bmrs.svi.callbacks import JSONLines
 
+ROOT = Path(__file__).parents[2]
 TINY = {"epochs": 2, "fine_tune_epochs": 1}
 OF_THE_MACHINE = ("seconds", "latency_dense_ms", "latency_pruned_ms", "sessions", "date")
 
@@ -259,7 +263,7 @@ def test_a_run_to_a_size_reaches_it_by_whatever_criterion(tmp_path):
     config = make_config("digits", "mlp", "random", "ours", 0, pruning="to-size", budget=0.6, **TINY)
     results = execute(config, Execution(tmp_path, device="cpu"))
     assert results["compression"] == pytest.approx(0.6, abs=0.02)
-    (table,) = tabulate([{**results, "config": config.settings}])
+    table = tabulate([{**results, "config": config.settings}])[0]
     assert table.rows[0][1] == "random (epochs 2, fine_tune_epochs 1, budget 0.6)"
 
 
@@ -538,6 +542,29 @@ def test_a_cluster_with_a_worker_killed(tmp_path):
         assert main(runs)
         killer.join()
     check_nothing_is_lost(tmp_path, runs)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("pruning", ["continuous", "post-training"])
+def test_processes_that_torchrun_starts_train_each_run_together(pruning, tmp_path):
+    pytest.importorskip("transformers")
+    asked = ["--networks", "vit_s", "--methods", "none", "BMRS_N", "--recipe", "ours", "--epochs", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "analysis.study", *asked]
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    settings = ["--fine-tune-epochs", "1", "--kl-weight", "20", "--pruning", pruning, "--device", "cpu", *folders]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    seeds = ["--seeds", "0"]
+    subprocess.run([sys.executable, *command, *settings, *seeds], env=environment, cwd=ROOT, timeout=400, check=True)
+    dense, noisy = sorted(store(tmp_path).read_all(), key=lambda each: each["method"], reverse=True)
+    assert (dense["method"], "processes" in dense) == ("none", False)
+    assert (noisy["processes"], noisy["sessions"]) == (2, [0])
+    assert noisy["accuracy_test"] > 0.3
+    assert len(noisy["history"]["accuracy_validation"]) == (3 if pruning == "continuous" else 2)
+
+
+def test_processes_of_one_run_have_no_runs_beside_them(tmp_path):
+    with pytest.raises(ValueError, match="leave out --jobs and --backend"):
+        _run_together(study(tmp_path, jobs=2), None, [], store(tmp_path), "")
 
 
 def test_clusters_that_will_not_do_are_refused(tmp_path):

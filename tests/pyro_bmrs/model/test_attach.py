@@ -324,6 +324,13 @@ def test_the_program_has_one_site_a_group():
     assert not poutine.trace(model.net).get_trace(x).stochastic_nodes  # outside of the model there is no noise
 
 
+def test_structures_are_not_sought_behind_noise_that_is_attached():
+    model, _ = attached("residual")
+    for net in (model.net, nn.Sequential(model.net)):
+        with pytest.raises(ValueError, match=r"has noise attached already, .* detach"):
+            bmrs.find_structures(net, data("residual", 2)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["shared", "example", "batch", "element"])
 @pytest.mark.parametrize("name", NETWORKS)

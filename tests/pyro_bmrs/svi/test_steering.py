@@ -57,6 +57,22 @@ def test_a_resumed_fit_goes_on_with_its_multiplier(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("criterion", thinned([bmrs.WeightNorm(), bmrs.Random()], keep=[bmrs.Random()]))
+def test_what_only_ranks_removes_step_by_step_at_the_models_own_weight(criterion):
+    model, guide = build()
+    result = bmrs.fit(model, guide, (X, Y), (X, Y), criterion=criterion, pruning=bmrs.ToSize(0.8), **SETTINGS)
+    small = bmrs.compact(model, guide, None, X[:4])
+    assert 1 - bmrs.count_parameters(small) / bmrs.count_parameters(model.net) == pytest.approx(0.8, abs=0.02)
+    assert result.history[-1]["accuracy_validation"] > 0.9
+    removed = [record["compression"] for record in result.history]
+    assert removed[8] == 0
+    assert removed == sorted(removed)
+    assert len(set(removed)) > 6
+    assert removed[21] == removed[-1]  # 70 % of 30 epochs
+    assert result.kl_weight == model.kl_weight == 1.0
+
+
+@pytest.mark.slow
 def test_no_site_is_emptied():
     model, guide = build()
     result = bmrs.fit(model, guide, (X, Y), pruning=bmrs.ToSize(0.97), **SETTINGS)
