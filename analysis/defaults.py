@@ -26,7 +26,7 @@ from analysis.data.sets import digits, load
 from pyro_bmrs.io.files import write_json
 from pyro_bmrs.svi.evaluation import evaluate
 
-__all__ = ["Defaults", "main"]
+__all__ = ["Defaults", "load_problem", "main"]
 
 Name = Literal[
     "wine", "diabetes", "breast_cancer", "digits", "synthetic_200", "synthetic_10000", "synthetic_1000000", "mnist"
@@ -65,7 +65,7 @@ def main(config: Defaults) -> dict[str, Any]:
     for name in config.data:
         if name == "mnist" and config.data_dir is None:
             continue
-        problem = _problem(name, config.data_dir)
+        problem = load_problem(name, config.data_dir)
         grid = {str(setting): setting for setting in _grid(len(problem.train[0]))} if config.by_hand else {}
         entry = results.setdefault(name, {"examples": len(problem.train[0]), "runs": {}})
         for key, setting in {"defaults": {}, **grid}.items():
@@ -135,7 +135,8 @@ def _run(problem: Problem, setting: dict[str, Any], seed: int) -> dict[str, floa
     }
 
 
-def _problem(name: Name, data_dir: Path | None) -> Problem:
+def load_problem(name: Name, data_dir: Path | None) -> Problem:
+    """Return a data set, standardised and divided."""
     if name == "digits":
         split = digits()
         return Problem(split.train, split.validation, split.test, 10)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -269,13 +269,8 @@ def _element_shapes(model: NoisyNetwork, x: Inputs) -> dict[str, tuple[int, ...]
         shapes[site] = max(shape, shapes.get(site, ()), key=math.prod)
 
     zeros = {site: torch.zeros(size, device=model.noise[site].keep.device) for site, size in model.sizes.items()}
-    layers = model.noise.values()
-    with evaluating(model), torch.no_grad():
-        for layer in layers:
-            layer._watchers.append(record)
-        try:
-            model.run(x, zeros)
-        finally:
-            for layer in layers:
-                layer._watchers.remove(record)
+    with evaluating(model), torch.no_grad(), ExitStack() as watching:
+        for layer in model.noise.values():
+            watching.enter_context(layer.watched(record))
+        model.run(x, zeros)
     return shapes

@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -199,6 +200,15 @@ class MultiplicativeNoise(NoisePoint):
             return pyro.sample(site, self._declaration()[0])
         with poutine.scale(scale=kl_weight):
             return pyro.sample(site, self._declaration()[0])
+
+    @contextmanager
+    def watched(self, record: Callable[[str, tuple[int, ...]], None]) -> Iterator[None]:
+        """Call ``record`` with the site and the shape of whatever is multiplied inside, structures left out."""
+        self._watchers.append(record)
+        try:
+            yield
+        finally:
+            self._watchers.remove(record)
 
     def hold(self, theta: Tensor, masked: bool, waiting: "Pass | None") -> None:
         """Take the noise of the forward pass that begins.

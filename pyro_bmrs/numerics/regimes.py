@@ -71,11 +71,13 @@ def cumulants(distance: Tensor, width: Tensor) -> Cumulants:
 
 
 def can_branch_on(tensor: Tensor, on_device: bool = False) -> bool:
-    """Return whether Python may look at values: not in a graph being traced, which would hold for these values only.
+    """Return whether Python may look at values: not in a graph being traced, which would hold for these values only,
+    nor where there are none, on the meta device.
 
     Nor on a GPU, which that stalls, unless ``on_device``, for what is asked seldom.
     """
-    return (on_device or not tensor.is_cuda) and get_proxy_mode() is None and not torch.compiler.is_compiling()
+    known = not tensor.is_meta and (on_device or not tensor.is_cuda)
+    return known and get_proxy_mode() is None and not torch.compiler.is_compiling()
 
 
 def may_occur(regime: Tensor) -> bool:

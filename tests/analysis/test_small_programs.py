@@ -25,7 +25,7 @@ def test_defaults_go_on_where_they_were(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["diabetes", "synthetic_200"])
 def test_parts_of_a_data_set_are_disjoint_and_standardised(name):
-    problem = defaults._problem(name, None)
+    problem = defaults.load_problem(name, None)
     parts = [{row.numpy().tobytes() for row in x} for x, _ in (problem.train, problem.validation, problem.test)]
     assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
     torch.testing.assert_close(problem.train[0].mean(0), torch.zeros(problem.train[0].shape[1]), rtol=0, atol=1e-4)

@@ -35,6 +35,7 @@ class TruncatedLogNormalGuide(FlatGuide):
     Attributes:
         loc: Parameter of shape ``(structures,)``; fitting keeps it within ``LOC_RANGE``.
         log_scale: Parameter of shape ``(structures,)``, used clamped to ``LOG_SCALE_RANGE``.
+        lattice: Buffer of shape ``(structures, SHARED_DRAWS)``: of each structure, the strata of its shared draws.
 
     Raises:
         TypeError: If a noise layer's prior is of another type, or an initial value is no number.
@@ -49,7 +50,7 @@ class TruncatedLogNormalGuide(FlatGuide):
 
     prior_types = (LogUniform, TruncatedLogNormal)
     parameter_ranges = {"loc": LOC_RANGE, "log_scale": LOG_SCALE_RANGE}
-    _lattice: Tensor
+    lattice: Tensor
 
     def __init__(self, model: NoisyNetwork, init_loc: float = 0.0, init_log_scale: float = -5.0) -> None:
         super().__init__(model)
@@ -60,7 +61,7 @@ class TruncatedLogNormalGuide(FlatGuide):
         self.register_buffer("log_high", at_least_float32(torch.cat([prior.log_high for prior in priors])))
         self.loc = nn.Parameter(torch.full_like(self.log_low, init_loc))
         self.log_scale = nn.Parameter(torch.full_like(self.log_low, init_log_scale))
-        self.register_buffer("_lattice", _lattice(len(self.loc)).to(self.loc), persistent=False)
+        self.register_buffer("lattice", _drawn_lattice(len(self.loc)).to(self.loc), persistent=False)
 
     def draw_shared(self, examples: int) -> dict[str, Tensor]:
         """Draw ``SHARED_DRAWS`` noises of each structure, stratified, which the examples take in turn.
@@ -85,7 +86,7 @@ class TruncatedLogNormalGuide(FlatGuide):
 
     def select(self, kept: Tensor) -> None:
         super().select(kept)
-        self._lattice = _draws_together(self._lattice)
+        self.lattice = _draws_together(self.lattice)
 
     def check_priors(self) -> None:
         """Raise ``ValueError`` if a prior is not the one that the guide was made for any more, or bounds differ."""
@@ -113,7 +114,7 @@ class TruncatedLogNormalGuide(FlatGuide):
         """Return uniforms in [0, 1), of shape ``(draws, structures)``."""
         check_integer("examples", examples, low=1)
         shift = torch.rand(self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-        return (self._lattice.t()[:examples] + shift).frac_()
+        return (self.lattice.t()[:examples] + shift).frac_()
 
     def _in_turn(self, theta: Tensor, examples: int) -> dict[str, Tensor]:
         """Split draws, of shape ``(draws, structures)``, into those of each site's examples."""
@@ -130,7 +131,7 @@ def _subclass_has_own(kind: type[TruncatedLogNormalGuide], *methods: str) -> boo
     return any(getattr(kind, name) is not getattr(TruncatedLogNormalGuide, name) for name in methods)
 
 
-def _lattice(structures: int) -> Tensor:
+def _drawn_lattice(structures: int) -> Tensor:
     """Return ``SHARED_DRAWS`` equidistant numbers in [0, 1), of shape ``(structures, SHARED_DRAWS)``.
 
     Each structure has them in an order of its own, always the same one: with one order for all, structures would be

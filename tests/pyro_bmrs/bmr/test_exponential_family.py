@@ -17,7 +17,6 @@ from pyro_bmrs.bmr import (
     evidence_change,
     reduced_posterior,
     register_exponential_family,
-    registry,
 )
 from pyro_bmrs.bmr.exponential_family import Family, bregman
 from pyro_bmrs.bmr.log_gamma import log_gamma_second_difference, subtract_prior
@@ -507,23 +506,21 @@ def test_gradients_where_nothing_changes(example):
 # --- another family -------------------------------------------------------------------------------------------
 
 
-def test_a_family_of_ones_own(monkeypatch):
-    for table in ("_EVIDENCE_CHANGES", "_REDUCED_POSTERIORS"):
-        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
-    for question in (evidence_change, reduced_posterior):
-        monkeypatch.setattr(question, "__doc__", question.__doc__)
+def test_a_family_of_ones_own():
+    class Count(dist.Poisson):
+        pass
+
     family = Family(
         natural_parameters=lambda q: torch.log(q.rate.double()).unsqueeze(-1),
         in_domain=lambda eta: torch.isfinite(eta).all(-1),
         domain="0 < rate < inf",
         second_difference=bregman(lambda eta: torch.exp(eta).squeeze(-1)),
-        from_natural_parameters=lambda eta: dist.Poisson(torch.exp(eta.squeeze(-1))),
+        from_natural_parameters=lambda eta: Count(torch.exp(eta.squeeze(-1))),
     )
-    register_exponential_family((td.Poisson, td.Poisson, td.Poisson), family)
-    q, p, reduced = (dist.Poisson(double(rate)) for rate in (3.0, 1.0, 2.5))
+    register_exponential_family((Count, Count, Count), family)
+    q, p, reduced = (Count(double(rate)) for rate in (3.0, 1.0, 2.5))
     assert_close(evidence_change(q, p, reduced), double((3 - 1) * (2.5 - 1) / 1), 1e-14)
     assert_close(reduced_posterior(q, p, reduced).rate, double(7.5), 1e-14)
-    registry._find_rule.cache_clear()
 
 
 def test_chi2_is_a_gamma():

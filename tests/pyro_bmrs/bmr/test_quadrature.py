@@ -8,7 +8,6 @@ import torch
 from torch.distributions.transforms import AffineTransform, ExpTransform, SigmoidTransform
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.bmr.quadrature import _evidence_change_transformed
 from pyro_bmrs.distributions import LogitNormal
 from tests.oracle import assert_close
 
@@ -18,6 +17,11 @@ def double(*values):
 
 
 Q = dist.LogNormal(double(-1.0, 0.5, 2.0), double(0.5, 1.0, 0.2))
+
+
+def transformed(q):
+    """Return a log-normal as a distribution of which no closed form knows more than that it is a transformed normal."""
+    return dist.TransformedDistribution(q.base_dist, list(q.transforms))
 
 
 def summed(q, p, reduced, low=-40.0, high=8.0):
@@ -47,7 +51,7 @@ def test_log_normal_posterior(prior, reduced):
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.5, 1.9])
 def test_agrees_with_the_closed_form_of_log_normals(scale):
     prior, reduced = dist.LogNormal(double(0.0), double(2.0)), dist.LogNormal(double(-5.0), double(scale))
-    assert_close(_evidence_change_transformed(Q, prior, reduced), bmrs.evidence_change(Q, prior, reduced), 1e-9)
+    assert_close(bmrs.evidence_change(transformed(Q), prior, reduced), bmrs.evidence_change(Q, prior, reduced), 1e-9)
 
 
 def test_logit_normal_posterior_in_a_window():
@@ -66,7 +70,7 @@ def test_the_prior_itself_changes_nothing_and_tails_that_win_diverge():
     for wider in (dist.HalfNormal(double(1.01)), dist.HalfCauchy(double(1.0))):
         assert torch.equal(bmrs.evidence_change(Q, prior, wider), torch.full((3,), math.inf).double())
     narrow, wide = dist.LogNormal(double(0.0), double(0.3)), dist.LogNormal(double(0.0), double(2.0))
-    assert_close(_evidence_change_transformed(Q, narrow, wide), bmrs.evidence_change(Q, narrow, wide), 1e-9)
+    assert_close(bmrs.evidence_change(transformed(Q), narrow, wide), bmrs.evidence_change(Q, narrow, wide), 1e-9)
 
 
 def test_points_shapes_precision_and_falling_transforms():

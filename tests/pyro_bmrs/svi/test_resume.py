@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import random
+from pathlib import Path
 
 import pyro.distributions as dist
 import pytest
@@ -16,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.svi.callbacks import JSONLines
 from pyro_bmrs.svi.checkpoint import State, read_checkpoint, write_checkpoint
 from pyro_bmrs.svi.fingerprint import fingerprint
 
@@ -284,12 +284,21 @@ class FullDisk(bmrs.Callback):
             self.monkeypatch.undo()
             return
 
-        def half(listener):
-            with listener.path.open("a") as file:
-                file.write(listener._lines[-1][:10])
-            raise OSError(28, "No space left on device")
+        whole = Path.open
 
-        self.monkeypatch.setattr(JSONLines, "_append", half)
+        def full(path, *args, **kwargs):
+            file = whole(path, *args, **kwargs)
+            if path.name == "metrics.jsonl":
+                write = file.write
+
+                def half(line):
+                    write(line[:10])
+                    raise OSError(28, "No space left on device")
+
+                file.write = half
+            return file
+
+        self.monkeypatch.setattr(Path, "open", full)
 
 
 def test_a_full_disk_breaks_no_line_of_the_metrics(tmp_path, monkeypatch):

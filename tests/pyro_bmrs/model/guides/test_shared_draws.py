@@ -58,8 +58,8 @@ def test_structures_have_orders_of_their_own():
     probabilities = ranks(guide, guide.draw_shared(SHARED_DRAWS)["1.theta"].detach())
     correlations = torch.corrcoef(probabilities.t()).fill_diagonal_(0)
     assert correlations.abs().mean() < 0.3  # of 16 independent numbers: 0.2
-    assert not torch.equal(guide._lattice[0], guide._lattice[1])
-    assert all(row.unique().numel() == SHARED_DRAWS for row in guide._lattice)
+    assert not torch.equal(guide.lattice[0], guide.lattice[1])
+    assert all(row.unique().numel() == SHARED_DRAWS for row in guide.lattice)
 
 
 @pytest.mark.parametrize("examples", [1, 5, 16, 17, 20, 32, 100])
@@ -197,13 +197,13 @@ def test_after_shrinking_each_structure_keeps_its_order():
     model, guide = small_classifier()
     x, y = blobs(60)
     bmrs.fit(model, guide, (x, y), epochs=1, fine_tune_epochs=0, progress=False)
-    before = guide._lattice.clone()
+    before = guide.lattice.clone()
     kept = torch.zeros(len(before), dtype=torch.bool)
     kept[::3] = True
     guide.noise["2.theta"].remove(~kept)
     bmrs.shrink(model, guide, torch.optim.Adam([*model.parameters(), *guide.parameters()]), x[:2])
-    assert torch.equal(guide._lattice, before[::3])
-    assert guide._lattice.t().is_contiguous()  # as steps read it
+    assert torch.equal(guide.lattice, before[::3])
+    assert guide.lattice.t().is_contiguous()  # as steps read it
     draws, kl = guide.draw_and_kl(20)
     assert draws["2.theta"].shape == (20, len(before[::3]))
     assert torch.isfinite(kl)
