@@ -163,6 +163,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import the plots, and Matplotlib with them, once they are asked for."""
     if name.startswith("plot_") and name in __all__:

@@ -30,6 +30,7 @@ from pyro_bmrs.svi.data.unpacking import Unpack
 from pyro_bmrs.svi.fit import fit
 from pyro_bmrs.svi.pruning import ToSize
 from pyro_bmrs.svi.result import FitResult
+from pyro_bmrs.svi.settings import check_keywords
 
 __all__ = ["Pruned", "prune"]
 
@@ -140,6 +141,7 @@ def prune(
         True
     """
     check_module("net", net)
+    check_keywords(settings, prune, fit)
     if output is not None:
         check_function("output", output, "of the network's result")
     if remove is not None:

@@ -51,7 +51,8 @@ def find_structures(
         width: Whether to offer, of kind ``"width"``, channels that a layer norm or RMS norm averages over too, such as
             the embedding width of a transformer. Their noise stands in front of the norms as well. A layer norm that
             loses some becomes a ``CountedLayerNorm``, which goes on counting them; an RMS norm stays what it is, behind
-            a ``ChannelScale``. While training they are masked, not cut.
+            a ``ChannelScale``. While training they are masked, not cut. Norms inside ``nn.TransformerEncoderLayer``,
+            which reads their weights itself, cannot lose any.
         trial: Whether to try removals. Without, what is offered has been read off a single forward pass.
 
     Returns:
@@ -103,7 +104,7 @@ def propose(net: nn.Module, example_inputs: Inputs, outputs: Sequence[str] = (),
     stand_ins = {site: _StandIn(site, point.dim) for site, point in points.items()}
     for site, point in points.items():
         net = replace_everywhere(net, point, stand_ins[site])
-    tracer = Tracer(net, RULES, averaging_norms(net) if width else ())
+    tracer = Tracer(net, RULES, averaging_norms(net) if width else None)
     for each in stand_ins.values():
         each.tracer = tracer
     with undisturbed(net), torch.inference_mode():

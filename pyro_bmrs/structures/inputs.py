@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_bmrs.checks import described
+
 __all__ = [
     "Inputs",
     "batch_size",
@@ -43,7 +45,12 @@ def call_example(net: nn.Module, inputs: Inputs, name: str = "the example inputs
     Raises:
         ValueError: If the network does not run on them; says why.
     """
-    with refusing(f"the network does not run on {name}"):
+    tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor)]
+    if any(each.dim() and not len(each) for each in tensors):
+        raise ValueError(f"{name} are of no example: {described(tensors[0])}; give two of them")
+    own = next((f", and parameters are of {p.dtype}" for p in net.parameters()), "")
+    shown = " and ".join(described(each) for each in tree_leaves(inputs)[:3])
+    with refusing(f"the network does not run on {name}, {shown}{own}"):
         return call(net, inputs)
 
 
@@ -53,7 +60,7 @@ def refusing(what: str, remedy: str = "give inputs that it takes") -> Iterator[N
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ValueError(f"{what} ({reason}); {remedy}") from error
 
 

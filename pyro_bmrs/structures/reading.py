@@ -152,7 +152,7 @@ class Reading:
             makers = [slot for slot in slots if self._makers([slot])]
             writers = [slot for slot in slots if slot not in record.reading and slot[0] in record.parameters]
             name = _unique(_owner((makers or writers or slots)[0]), names)
-            reason = self._reason(classes, slots, record) or (len(classes) == 1 and "there is only one of them")
+            reason = self._reason(classes, slots, record) or (len(classes) == 1 and "it is the only one of its layer")
             if reason:
                 refused[name] = str(reason)
                 continue

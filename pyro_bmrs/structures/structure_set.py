@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -108,9 +108,13 @@ class StructureSet(Mapping[str, Structure]):
         """Return the groups of some kinds whose names match a pattern, such as ``"encoder.*"``.
 
         Raises:
-            ValueError: If nothing is left.
+            ValueError: If there is no such kind, or nothing is left.
         """
         kinds = (kinds,) if isinstance(kinds, str) else kinds
+        if kinds is not None and (none := [kind for kind in kinds if kind not in get_args(Kind)]):
+            raise ValueError(
+                f"there is no kind {none[0]!r}, only {', '.join(get_args(Kind))}; for names write names=..."
+            )
         patterns = (names,) if isinstance(names, str) else tuple(names)
         chosen = {
             name: each

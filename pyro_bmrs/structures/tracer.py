@@ -84,7 +84,7 @@ class Tracer(TorchDispatchMode):
     Args:
         net: The network; hooks are put on its modules, so give it a copy.
         rules: From the name of an operation to what it does to labels.
-        averaging: Names of layer norms and RMS norms that may lose channels one by one.
+        averaging: Names of layer norms and RMS norms that may lose channels one by one; None where that is not asked.
 
     Attributes:
         labels: All labels.
@@ -109,7 +109,10 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(
-        self, net: nn.Module, rules: dict[str, Callable[["Tracer", Call], None]], averaging: Collection[str] = ()
+        self,
+        net: nn.Module,
+        rules: dict[str, Callable[["Tracer", Call], None]],
+        averaging: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self.rules, self.averaging = rules, averaging
@@ -368,7 +371,7 @@ class Tracer(TorchDispatchMode):
             self.points[site] = before, after
         if x.shape[dim] == 1:
             for each in (before, after):
-                self.labels.freeze(each, "there is only one of them")
+                self.labels.freeze(each, "it is the only one of its layer")
         self.set(y, [*(each for each in self.of(x) if dim not in support(each)), _along(after, dim, x.dim())])
         self.folds.boundary(site, x, y)
         return y

@@ -6,7 +6,6 @@ import warnings
 
 import torch
 
-from pyro_bmrs.criteria import RankingCriterion
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
@@ -18,7 +17,8 @@ __all__ = ["Advice"]
 _HARDLY_MOVED = 0.1  # median change of the posterior's parameters, in nats and in units of log theta
 _NEARLY_ALL = 0.02  # fraction of structures left
 _FEW_STEPS = 2000  # in which weights may not have learned anything before the KL has its full weight
-_NEEDED_TRAVEL = 40.0  # nats: there and back
+_FAR = 20.0  # nats that a posterior may travel until its structure goes
+_NEEDED_TRAVEL = 2 * _FAR  # there and back
 _LOST_RECALL = 0.1
 _BEST_EPOCHS = 5  # whose median recall is what a class could be recognised with
 _ROWS = 10_000  # of the training data, to measure accuracy on where there is no validation data
@@ -54,7 +54,7 @@ class Advice:
     def _pruning(self) -> list[tuple[str, str]]:
         kept = {site: int(mask.sum()) for site, mask in self.pruner.masks.items()}
         total, left = sum(len(mask) for mask in self.pruner.masks.values()), sum(kept.values())
-        if left <= _NEARLY_ALL * total or not all(kept.values()):
+        if (left <= _NEARLY_ALL * total or not all(kept.values())) and not self._is_as_good_as_ever():
             empty = [site for site, count in kept.items() if not count]
             of = f", none of {', '.join(map(repr, empty))}" if empty else ""
             steps = self.rates.noisy_epochs * self.data.steps
@@ -65,13 +65,22 @@ class Advice:
             return []
         scores = [score[score.isfinite()] for score in self.pruner.scores.values()]
         known = torch.cat(scores) if scores else torch.empty(0)
-        has_line = len(known) and not isinstance(self.pruner.criterion, RankingCriterion)
+        has_line = len(known) and self.pruner.criterion.has_line
         closest = f" (the closest scores {float(known.max()):.3g}, and 0 removes)" if has_line else ""
         if not scores:
             return [
                 ("nothing was removed, since the criterion was never asked", "Raise epochs beyond kl_warmup_epochs")
             ]
         return [(f"none of {total} structures was removed{closest}", self._more())]
+
+    def _is_as_good_as_ever(self) -> bool:
+        """Return whether the validation accuracy in the end is about what it was at its best, and that is something."""
+        known = [entry["accuracy_validation"] for entry in self.history.entries if "accuracy_validation" in entry]
+        found = self.history.evaluation
+        if not known or found is None or found.majority is None:
+            return False
+        best = statistics.median_high(sorted(known)[-_BEST_EPOCHS:])
+        return bool(known[-1] >= best - _LOST_RECALL / 2 and known[-1] > (1 + found.majority) / 2)
 
     def _accuracy(self) -> list[tuple[str, str]]:
         if not self.history.entries:
@@ -132,17 +141,19 @@ class Advice:
         """Return whether the posterior could get to where structures are removed at all."""
         steps = self.rates.noisy_epochs * self.data.steps
         travel = self.rates.travel(self.data.steps)
-        if steps == 0 or travel >= _NEEDED_TRAVEL:
+        removed = not all(bool(mask.all()) for mask in self.pruner.masks.values())
+        if steps == 0 or travel >= (_FAR if removed else _NEEDED_TRAVEL):
             return []
-        reason = f"its posterior could travel {travel:.2g} nats at most, and removing a structure takes 10 to 20"
-        needed = math.ceil(steps * _NEEDED_TRAVEL / travel)
-        return [(reason, f"Train for at least {needed} steps with noise (now {steps}), or raise posterior_lr")]
+        reason = f"its posterior could travel {travel:.2g} nats at most, of the 10 to 20 there and 10 to 20 back"
+        return [(f"{reason} that it may take to decide on a structure", self._more())]
 
     def _more(self) -> str:
-        rates = self.rates
+        steps, travel = self.rates.noisy_epochs * self.data.steps, self.rates.travel(self.data.steps)
+        few = 0 < travel < _NEEDED_TRAVEL
+        wanted = f"at least {math.ceil(steps * _NEEDED_TRAVEL / travel)}" if few else "more"
         return (
-            f"Train for more steps (now {rates.noisy_epochs * self.data.steps} with noise), raise "
-            f"posterior_lr (now {rates.posterior_lr:g}) or kl_weight (now {self._kl_weight()})"
+            f"Train for {wanted} steps with noise (now {steps}), raise posterior_lr (now {self.rates.posterior_lr:g}) "
+            f"or kl_weight (now {self._kl_weight()})"
         )
 
     def _kl_weight(self) -> str:

@@ -112,7 +112,7 @@ def fit_ensemble(
         >>> torch.stack([bmrs.predict(each.model, each.guide, x).softmax(-1) for each in members]).mean(0).shape
         torch.Size([20, 2])
     """
-    chosen = checked_settings("fit_ensemble", settings)
+    chosen = checked_settings(fit_ensemble, settings)
     criterion, pruning = chosen["criterion"], chosen["pruning"]
     _check_pruning(pruning)
     seeds = _checked_seeds(seeds)

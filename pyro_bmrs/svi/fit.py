@@ -142,7 +142,7 @@ def fit(
         True
     """
     check_model_and_guide(model, guide)
-    chosen = checked_settings("fit", settings)
+    chosen = checked_settings(fit, settings)
     criterion, pruning = chosen["criterion"], chosen["pruning"]
     _check_numbers(checkpoint_every, seed)
     _check_switches(compile, resume, folder, pruning, guide)
@@ -196,7 +196,9 @@ def fit(
                 run.go(None if kept is None else kept.save_if_due)
             except FloatingPointError as error:
                 last = "" if kept is None else kept.last_good()
-                raise FloatingPointError(f"{error}. Lower lr or posterior_lr{last}") from None
+                first = "It was so before any step: look at the data and the network"
+                turn = "Lower lr or posterior_lr" if run.trainer.step else first
+                raise FloatingPointError(f"{error}. {turn}{last}") from None
             result = member.end(run.seconds)
             if fabric.is_global_zero:
                 advice.give()

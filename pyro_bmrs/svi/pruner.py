@@ -269,8 +269,8 @@ class Pruner:
             counts[site] = before - after
             if before and not after:
                 warnings.warn(
-                    f"{site!r} has lost all its structures: nothing passes through them any more; lower "
-                    "model.kl_weight, or prune later",
+                    f"{site!r} has lost all its structures: nothing passes through them any more. In a branch beside "
+                    "which the signal goes on that may be right; otherwise lower kl_weight, or prune later",
                     RuntimeWarning,
                     stacklevel=6,
                 )

@@ -191,7 +191,7 @@ class ToSize(Pruning):
     warms_up: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < check_number("remove", self.remove) < 1:
+        if not 0 < check_number("remove", self.remove, positive=False) < 1:
             raise ValueError(f"remove must be a fraction inside (0, 1), but got {self.remove}")
         if self.cost not in ("parameters", "flops"):
             raise ValueError(f'cost must be "parameters" or "flops", but got {self.cost!r}')

@@ -1,9 +1,11 @@
 """The settings that all fits have in common, their defaults, and their checks before anything is changed."""
 
+import difflib
+import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -31,6 +33,7 @@ __all__ = [
     "FitSettings",
     "Preparation",
     "check_callbacks",
+    "check_keywords",
     "check_model_and_guide",
     "checked_settings",
     "counting_examples",
@@ -127,17 +130,31 @@ class Preparation:
             source.place(device)
 
 
-def checked_settings(function: str, settings: Mapping[str, Any]) -> FitSettings:
-    """Return settings with the defaults filled in.
+def check_keywords(settings: Mapping[str, Any], function: Callable[..., Any], passed_to: Callable[..., Any]) -> None:
+    """Raise ``TypeError`` if one of ``settings`` is no keyword of ``function``, which passes them on, nor of a fit."""
+    taken = [
+        name
+        for each in (function, passed_to)
+        for name, parameter in inspect.signature(each).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    known = list(dict.fromkeys([*taken, *_DEFAULTS]))
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {close[0]}?" if close else "."
+            raise TypeError(
+                f"{function.__name__} got an unexpected keyword argument {name!r}{meant} It takes {', '.join(known)}"
+            )
+
+
+def checked_settings(function: Callable[..., Any], settings: Mapping[str, Any]) -> FitSettings:
+    """Return settings of a fit with the defaults filled in.
 
     Raises:
         TypeError: If there is no such setting, or one is not what its name says.
     """
-    for name in settings:
-        if name not in _DEFAULTS:
-            raise TypeError(
-                f"{function} got an unexpected keyword argument {name!r}: it takes its own and {', '.join(_DEFAULTS)}"
-            )
+    check_keywords(settings, function, function)
     merged: FitSettings = {**_DEFAULTS, **settings}  # type: ignore[typeddict-item]
     _check_choices(merged["criterion"], merged["pruning"])
     check_flag("progress", merged["progress"])

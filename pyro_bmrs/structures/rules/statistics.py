@@ -35,17 +35,23 @@ def _channelwise_norm(tracer: Tracer, call: Call) -> None:
     tracer.set(y, out)
 
 
+_NOT_AVERAGING = (
+    " (width=True takes norms that have a weight for each channel and are not inside nn.TransformerEncoderLayer, which "
+    "reads them itself)"
+)
+
+
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
 def _layer_norm(tracer: Tracer, call: Call) -> None:
     x, y, shape = call.args[0], call.outputs[0], call.args[1]
     over = set(range(x.dim() - len(shape), x.dim()))
     operands = [tracer.operand(each, x.dim()) for each in (x, *call.args[2:4]) if isinstance(each, Tensor)]
     out: list[Tensor | None] = []
-    hint = "" if tracer.averaging else " (but see width=True)"
+    hint = " (but see width=True)" if tracer.averaging is None else _NOT_AVERAGING
     for labels in tracer.combine(operands, f"{tracer.place()} normalises it with something that cannot shrink alike"):
         if support(labels) <= over:
             tracer.norms.append((labels, tracer.here))
-        if tracer.here in tracer.averaging and support(labels) == over:
+        if tracer.averaging is not None and tracer.here in tracer.averaging and support(labels) == over:
             tracer.average(labels, x, call.args[2])
             out.append(labels)
             continue

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from pyro.distributions import Categorical
 from torch import Tensor
+from torch.distributions import Independent
+from torch.distributions.constraints import is_dependent
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bmrs.checks import described
@@ -93,6 +95,7 @@ def _as_tensor(values: Any, name: str, dtype: torch.dtype) -> Tensor:
 def check_observations(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless the network takes ``x`` and every observation lies in its likelihood's support."""
     observed = _likelihood_of(model, x, y, name)
+    _check_parameters(observed)
     y = y.to(next(iter(model.noise.values())).keep.device)
     if isinstance(observed, Categorical) and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
         raise ValueError(
@@ -125,6 +128,22 @@ def check_observations(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> 
             f"the likelihood scores {name}'s {len(y)} observations with a tensor of shape {tuple(log_prob.shape)}, not "
             f"({len(y)},): reshape the observations"
         )
+
+
+def _check_parameters(observed: Any) -> None:
+    """Raise ``ValueError`` if a likelihood has a finite parameter that its class does not allow."""
+    base = observed
+    while isinstance(base, Independent):
+        base = base.base_dist
+    for name, constraint in base.arg_constraints.items():
+        value = getattr(base, name, None)
+        if not isinstance(value, Tensor) or is_dependent(constraint) or not bool(value.isfinite().all()):
+            continue
+        if not bool(constraint.check(value).all()):
+            raise ValueError(
+                f"the likelihood is a {type(base).__name__} whose {name} must satisfy {constraint}, but is "
+                f"{described(value)} from {float(value.min()):.3g} to {float(value.max()):.3g}"
+            )
 
 
 def _likelihood_of(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> Any:

@@ -168,10 +168,20 @@ def test_some_structures_only():
         (Wrapped, Y, {"output": lambda out: out.nothing}, ValueError, "output does not take a Output"),
         (Net, Y.reshape(-1, 1), {}, ValueError, "leaves open where the classes are"),
         (Net, Y, {"epoch": 3}, TypeError, "unexpected keyword argument 'epoch'"),
+        (Net, Y, {"kl_wieght": 3}, TypeError, r"prune got .*'kl_wieght'; did you mean kl_weight\? It takes remove, "),
+        (Net, Y, {"hugo": 3}, TypeError, r"prune got an unexpected keyword argument 'hugo'\. It takes remove, "),
         (lambda: nn.Linear(8, 2), Y, {}, ValueError, "nothing of this network can be removed"),
         (lambda: 3, Y, {}, TypeError, "net must be"),
         (Net, Y, {"cost": "flops"}, ValueError, "cost='flops' is the cost of which remove= is the fraction"),
         (Net, Y, {"remove": 80}, ValueError, "remove must be a fraction"),
+        (Net, Y, {"remove": -0.1}, ValueError, r"remove must be a fraction inside \(0, 1\), but got -0.1"),
+        (
+            lambda: Net(1),
+            Y.float(),
+            {"likelihood": lambda out: dist.Normal(out, -out.exp()).to_event(1)},
+            ValueError,
+            r"the likelihood is a Normal whose scale must satisfy GreaterThan\(lower_bound=0.0\), but is a Tensor",
+        ),
     ],
 )
 def test_refusals(net, y, settings, error, message):

@@ -159,7 +159,9 @@ def test_recurrent_layers_are_refused_by_name():
 
 
 def test_what_does_not_run_is_said_to():
-    with pytest.raises(ValueError, match=r"the network does not run on the example inputs \(RuntimeError: "):
+    with pytest.raises(
+        ValueError, match=r"the network does not run on the example inputs, a Tensor of .* \(RuntimeError: "
+    ):
         bmrs.find_structures(nn.Linear(3, 2), torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"outputs names 'nothing', but the network has no such module"):
         bmrs.find_structures(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), outputs=["nothing"])
@@ -250,3 +252,12 @@ def test_networks_with_quirks(make):
 def test_script_modules_are_refused():
     with pytest.raises(ValueError, match="is a ScriptModule; give the module that it was made from"):
         bmrs.find_structures(torch.jit.trace(nn.Linear(3, 2), torch.randn(2, 3)), torch.randn(2, 3))
+
+
+def test_examples_that_show_nothing_are_refused_in_a_line():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+    with pytest.raises(ValueError, match="the example inputs are of no example"):
+        bmrs.find_structures(net, torch.randn(0, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"an? ndarray of shape \(2, 1, 8, 8\) and dtype float32") as error:
+        bmrs.find_structures(net, torch.randn(2, 1, 8, 8).numpy())
+    assert "\n" not in str(error.value)

@@ -184,3 +184,16 @@ def test_norms_that_share_are_exact_or_refused(norm, tied):
     model, guide, masks, _ = masked(net, structures, x)
     with torch.no_grad():
         assert difference(bmrs.compact(model, guide, masks, x)(x), bmrs.predict(model, guide, x, masks)) < 1e-12
+
+
+def test_width_is_not_recommended_where_it_was_asked_for():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 3))
+    x = torch.randn(2, 5, 4)
+    plain, wide = (bmrs.find_structures(net, x, width=width) for width in (False, True))
+    reasons = [" ".join(each.refused.values()) for each in (plain, wide)]
+    assert "see width=True" in reasons[0]
+    assert "see width=True" not in reasons[1]
+    assert "not inside nn.TransformerEncoderLayer" in reasons[1]
+    with pytest.raises(ValueError, match=r"no kind '0', only channel, head, width, output; for names write names="):
+        plain.select("0")

@@ -132,3 +132,16 @@ def test_removed_structures_do_not_count_in_importance_ratios():
     with torch.no_grad():
         guide.loc[:3] += 5.0
     assert bmrs.to_arviz(guide.model, guide, blobs(150), draws=30).attrs["pareto_k"] == pytest.approx(expected)
+
+
+def test_few_steps_that_have_removed_something_are_enough():
+    class Half(bmrs.Criterion):
+        def scores(self, context):
+            return {site: torch.arange(size) - size / 2 for site, size in context.model.sizes.items()}
+
+    with pytest.warns(
+        bmrs.FitWarning, match=r"none of 16 .*; its posterior could travel 30 nats at most, of the 10 to"
+    ):
+        fitted(epochs=60, criterion=bmrs.PosteriorMean(1e-9))
+    result, _ = fitted(epochs=60, criterion=Half())
+    assert result.masks["2.theta"].sum() == 8

@@ -216,7 +216,8 @@ def test_a_fit_that_prunes_well_says_nothing():
 def test_nothing_pruned_is_said_with_what_to_turn():
     text = ended()
     assert "none of 16 structures was removed (the closest scores -" in text
-    assert "Train for more steps (now 12 with noise), raise posterior_lr (now 0.5) or kl_weight (now 1)" in text
+    assert "Train for at least 160 steps with noise (now 12), raise posterior_lr (now 0.5) or kl_weight (now 1)" in text
+    assert text.count("Train for") == 1
     assert "the criterion was never asked" in ended(kl_warmup_epochs=10)
     assert "structures was removed" not in ended(criterion=None)
 

@@ -117,6 +117,6 @@ def test_few_steps_get_a_faster_posterior():
 
 
 def test_too_few_steps_are_said():
-    match = r"could travel 2\.6 nats at most, .* at least 800 steps with noise \(now 52\)"
+    match = r"its posterior could travel 2\.6 nats at most, .* at least 800 steps with noise \(now 52\)"
     with pytest.warns(bmrs.FitWarning, match=match):
         bmrs.fit(*build(), (X, Y), epochs=4, fine_tune_epochs=1, posterior_lr=0.1, seed=0, progress=False)
