@@ -113,8 +113,9 @@ def _window_of_logs(prior: LogUniform | TruncatedLogNormal, p1: float = 8, p2: f
     log_low = prior.log_low if p2 is None else torch.full_like(prior.log_low, -p2 * math.log(2))
     inside = (prior.log_low <= log_low) & (log_low < log_high) & (log_high <= prior.log_high)
     if not bool(inside.all()):
+        low = "the prior's lower bound" if p2 is None else f"2^({-p2:g})"
         raise ValueError(
-            f"the window 2^-{p2} to 2^-{p1} must not be empty and must lie within the prior's support "
+            f"the window from {low} to 2^({-p1:g}) must not be empty and must lie within the prior's support "
             f"[exp({prior.log_low.min():g}), exp({prior.log_high.max():g})]; choose p1 < p2, or p2=None to reach down "
             "to the prior's bound"
         )

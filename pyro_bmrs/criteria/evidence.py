@@ -1,5 +1,6 @@
 """Criteria by the change of evidence under a prior that would remove a structure: the paper's two."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from pyro_bmrs.checks import check_number, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
 from pyro_bmrs.distributions import TruncatedLogNormal
 
-__all__ = ["BMRS_N", "BMRS_U", "EvidenceCriterion"]
+__all__ = ["BMRS_N", "BMRS_U", "LACKING_EVIDENCE", "EvidenceCriterion"]
+
+LACKING_EVIDENCE = math.log(3)
+"""Prior log-odds that remove what lacks positive evidence on Kass and Raftery's scale; those of a fit by default."""
 
 _FAR = 3.0  # standard deviations: one part in a hundred of the density at the location
 

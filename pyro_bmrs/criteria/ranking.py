@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.checks import check_seed, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
-from pyro_bmrs.criteria.evidence import BMRS_N
+from pyro_bmrs.criteria.evidence import BMRS_N, LACKING_EVIDENCE
 from pyro_bmrs.structures.cost import count_parameters
 from pyro_bmrs.structures.points import Attachment
 from pyro_bmrs.structures.record import Record, positions
@@ -24,8 +24,12 @@ _MatchBy = Literal["parameters", "structures"]
 class RankingCriterion(Criterion):
     """A criterion without a decision line: it removes as much as ``match`` would.
 
+    What ``match`` would remove is counted in the whole network: a structure that has been removed although ``match``
+    would keep it counts as kept there. So asking again and again does not add up. Structures that have been cut out
+    while training (``shrink=True``) are not counted.
+
     Args:
-        match: The criterion whose compression is matched.
+        match: The criterion whose compression is matched; by default that of a fit.
         match_by: What is counted. ``"parameters"``: remove the fewest highest-scoring structures that leave no more
             parameters than ``match`` would. ``"structures"``: remove as many as ``match`` would, however small, as the
             paper's reference code does.
@@ -36,7 +40,7 @@ class RankingCriterion(Criterion):
     """
 
     has_line: ClassVar[bool] = False
-    match: Criterion = field(default_factory=BMRS_N)
+    match: Criterion = field(default_factory=lambda: BMRS_N(prior_log_odds=LACKING_EVIDENCE))
     match_by: _MatchBy = field(default="parameters", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -49,7 +53,7 @@ class RankingCriterion(Criterion):
 
     def removable(self, context: PruningContext, scores: Scores | None = None) -> Scores:
         """Return for each site which of the remaining structures go: the highest-scoring, as many as match."""
-        matched = self.match.removable(context)
+        matched = self._matched(context)
         flat_keep = context.guide.keep
         scores = self.scores(context) if scores is None else scores
         flat = context.guide.join(scores).masked_fill(~flat_keep, -math.inf)
@@ -61,8 +65,9 @@ class RankingCriterion(Criterion):
             return context.guide.split(chosen)
 
         if self.match_by == "structures":
-            return first(sum(int(removed.sum()) for removed in matched.values()))
-        target = _parameters_without(context, matched)
+            count = sum(int(removed.sum()) for removed in matched.values()) - int((~flat_keep).sum())
+            return first(max(count, 0))
+        target = _parameters(context, {site: ~removed for site, removed in matched.items()})
         low, high = 0, int(flat_keep.sum())
         while low < high:
             middle = (low + high) // 2
@@ -72,10 +77,21 @@ class RankingCriterion(Criterion):
                 low = middle + 1
         return first(low)
 
+    def _matched(self, context: PruningContext) -> Scores:
+        """Return what ``match`` would remove, whether it has been removed or not."""
+        removable, scores = self.match.removable(context), self.match.scores(context)
+        return {
+            site: removable[site] | (scores[site].isfinite() & (scores[site] >= 0) & ~keep)
+            for site, keep in context.model.masks.items()
+        }
+
+
+def _parameters(context: PruningContext, masks: Scores) -> int:
+    return count_parameters(context.model.net, context.structures, masks)
+
 
 def _parameters_without(context: PruningContext, removed: Scores) -> int:
-    masks = {site: keep & ~removed[site] for site, keep in context.model.masks.items()}
-    return count_parameters(context.model.net, context.structures, masks)
+    return _parameters(context, {site: keep & ~removed[site] for site, keep in context.model.masks.items()})
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,15 @@ class AttachedNoise(Attachment):
         self._attach()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_attached()
         return self.net(*args, **kwargs)
 
     def detach(self) -> nn.Module:
-        """Take the noise off again and return the network, as it was but for what training has made of its weights."""
+        """Take the noise off again and return the network, as it was but for what training has made of its weights.
+
+        Models around the noise cannot be run any more.
+        """
+        self.detached = True
         return self.detach_hooks(self.net)
 
     def detach_hooks(self, net: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from pyro_bmrs.checks import check_integer, check_number, described
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.numerics import can_branch_on
-from pyro_bmrs.structures.points import NoisePoint, noise_points
+from pyro_bmrs.structures.points import NoiseError, NoisePoint, noise_points
 from pyro_bmrs.structures.removal import aligned
 
 __all__ = ["MultiplicativeNoise", "Pass", "noise_layers"]
@@ -138,9 +138,9 @@ class MultiplicativeNoise(NoisePoint):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (-x.dim() <= self.dim < x.dim() and x.shape[self.dim] == self.size):
-            raise ValueError(
+            raise NoiseError(
                 f"{self.site or 'this noise layer'} is for {self.size} structures along dimension {self.dim}, but its "
-                f"input has shape {tuple(x.shape)}"
+                f"input has shape {tuple(x.shape)}: give it the size of that dimension"
             )
         factors = self.factors()
         return x if factors is None else self.multiply(x, factors, self.dim)

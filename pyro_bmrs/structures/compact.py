@@ -87,7 +87,10 @@ def compact(
 
 def structures_of(net: nn.Module, example_input: Inputs, trial: bool = True) -> StructureSet:
     """Return the structures of a network with noise: those it was attached to, or around its noise layers."""
-    return net.structures if isinstance(net, Attachment) else find_structures(net, example_input, trial=trial)
+    if not isinstance(net, Attachment):
+        return find_structures(net, example_input, trial=trial)
+    net.check_attached()
+    return net.structures
 
 
 def plain_copy(net: nn.Module) -> nn.Module:

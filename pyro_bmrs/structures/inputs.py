@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bmrs.checks import described
+from pyro_bmrs.structures.points import NoiseError
 
 __all__ = [
     "Inputs",
@@ -59,6 +60,8 @@ def refusing(what: str, remedy: str = "give inputs that it takes") -> Iterator[N
     """Turn whatever a caller's code raises inside into a ``ValueError`` that says ``what`` is wrong, and why."""
     try:
         yield
+    except NoiseError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ValueError(f"{what} ({reason}); {remedy}") from error

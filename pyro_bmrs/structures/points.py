@@ -9,7 +9,11 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pyro_bmrs.structures.structure_set import StructureSet
 
-__all__ = ["Attachment", "NoisePoint", "noise_points", "replace_everywhere"]
+__all__ = ["Attachment", "NoiseError", "NoisePoint", "noise_points", "replace_everywhere"]
+
+
+class NoiseError(ValueError):
+    """Noise does not fit the network that it stands in, whatever the inputs."""
 
 
 class NoisePoint(nn.Module):
@@ -61,11 +65,19 @@ class Attachment(nn.Module):
     Args:
         net: The network.
         structures: What has noise, with the record of the network and of these sites.
+
+    Attributes:
+        detached: Whether the noise has been taken off again.
     """
 
     def __init__(self, net: nn.Module, structures: "StructureSet") -> None:
         super().__init__()
-        self.net, self.structures = net, structures
+        self.net, self.structures, self.detached = net, structures, False
+
+    def check_attached(self) -> None:
+        """Raise ``NoiseError`` if the noise has been detached."""
+        if self.detached:
+            raise NoiseError("the noise has been detached from this network: attach it again, and make a model of that")
 
     def detach_hooks(self, net: nn.Module) -> nn.Module:
         """Take the noise's hooks off ``net``, the network or a copy of it, and return it."""

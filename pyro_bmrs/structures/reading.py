@@ -208,9 +208,11 @@ class Reading:
             if read.slot in slots and not self._arguments(read):
                 kind = type(self.net.get_submodule(read.module)).__name__
                 return (
-                    f"{read.module or 'the network'!r}, a {kind}, reads it from something that it computes itself, so "
-                    "that no noise can stand in front"
+                    f"{read.module or 'the network'!r}, a {kind}, multiplies what it has computed itself by this "
+                    "weight: for noise to stand in front, make the product a module, such as nn.Linear"
                 )
+        if not any(name in self.tracer.used for name, _ in slots):
+            return "it is not used in a forward pass on the example"
         return None
 
     def _readers(self, slots: list[Slot]) -> tuple[Reader, ...]:

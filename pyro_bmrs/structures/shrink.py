@@ -118,14 +118,14 @@ def _try_on_copy(net: nn.Module, structures: StructureSet, dead: Tensor, example
     record, copy = structures.record, bench.net
     with undisturbed(copy):
         expected, masked = bench.run(copy, 0), copied(copy)
-        runs_in_training = _runs_in_training(bench, copy)
+        runs_in_training = bench.runs_in_training(copy)
         cut_tensors(copy.net if isinstance(copy, Attachment) else copy, record, dead)
         for name, point in noise_points(copy).items():
             point.select((~record.removed_structures(record.sites[name], dead)).nonzero().squeeze(1))
         if isinstance(copy, Attachment):
             copy.follow(structures.without(dead))
         off = bench.error(bench.run(copy, 0), expected, masked, 0)
-        if runs_in_training and not _runs_in_training(bench, copy):
+        if runs_in_training and not bench.runs_in_training(copy):
             raise RuntimeError(
                 "the network uses layers in train mode that it does not use in eval mode, where its structures were "
                 "found, and cannot be shrunk while it trains; leave shrink out, and compact it in the end"
@@ -135,21 +135,6 @@ def _try_on_copy(net: nn.Module, structures: StructureSet, dead: Tensor, example
             f"the smaller network differs from the masked one by {off:.2g} of its outputs' spread: its structures were "
             "misread; please report the architecture"
         )
-
-
-def _runs_in_training(bench: Bench, net: nn.Module) -> bool:
-    """Return whether a copy runs in train mode; it is left in eval mode, but for statistics that have moved."""
-    kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    try:
-        bench.run(net.train(), 0)
-    except Exception:  # whatever it raises
-        return False
-    finally:
-        net.eval()
-        for name, buffer in net.named_buffers():
-            if name in kept and buffer.shape == kept[name].shape:
-                buffer.copy_(kept[name])
-    return True
 
 
 def _keep_memory(optimizer: Optimizer, parameters: Iterable[nn.Parameter], dim: int, kept: Tensor) -> None:

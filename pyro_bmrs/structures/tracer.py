@@ -106,6 +106,7 @@ class Tracer(TorchDispatchMode):
         folds: What a site's noise can be multiplied into.
         watching: Whether this is the pass that counts.
         low_precision: Whether anything was computed in less than the network's own precision.
+        used: Names of the parameters and buffers that something was computed with.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Tracer(TorchDispatchMode):
         self.work: list[Work] = []
         self.folds = FoldTracker()
         self.low_precision = False
+        self.used: set[str] = set()
         self.watching = True
         self._of: dict[int, list[Tensor]] = {}
         self._kept_alive: list[Any] = []
@@ -387,6 +389,7 @@ class Tracer(TorchDispatchMode):
         call = Call(func._overloadpacket.__name__, func, args, kwargs, outputs, inputs)
         with _disable_current_modes():
             self.folds.observe(call, self.here)
+            self.used.update(self.folds.parameters[id(each)] for each in inputs if id(each) in self.folds.parameters)
             self.use(inputs)
             if any(self.of(each) for each in inputs):
                 self._apply(call)

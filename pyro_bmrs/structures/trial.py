@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.structures.copying import copied, undisturbed
 from pyro_bmrs.structures.equality import difference
-from pyro_bmrs.structures.inputs import Inputs, call, output_tensors, random_like, to_network
+from pyro_bmrs.structures.inputs import Inputs, call, call_example, output_tensors, random_like, to_network
 from pyro_bmrs.structures.record import Record
 from pyro_bmrs.structures.removal import cut, fixed_copy
 from pyro_bmrs.structures.sampled_weights import fix_sampled_weights
@@ -74,6 +74,8 @@ class Bench:
         copy, tolerance = copied(net).eval().double(), LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE
         if not _runs(copy, example_inputs):  # it is written for another dtype
             copy, tolerance = copied(net).eval(), LOW_PRECISION_TOLERANCE
+            with undisturbed(copy):
+                call_example(copy, to_network(example_inputs, copy))
         if randomise:
             randomise_trivial(copy, generator)
         example_inputs = to_network(example_inputs, copy)
@@ -84,6 +86,20 @@ class Bench:
         """Run a network on the inputs of a trial, random operations in it alike."""
         torch.manual_seed(trial)
         return call(net, self.inputs[trial])
+
+    def runs_in_training(self, net: nn.Module) -> bool:
+        """Return whether a copy runs in train mode; it is left in eval mode, but for statistics that have moved."""
+        kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        try:
+            self.run(net.train(), 0)
+        except Exception:  # whatever it raises
+            return False
+        finally:
+            net.eval()
+            for name, buffer in net.named_buffers():
+                if name in kept and buffer.shape == kept[name].shape:
+                    buffer.copy_(kept[name])
+        return True
 
     def expected(self, net: nn.Module, trial: int) -> Any:
         """Run the network that others are compared with; where its outputs are not finite, on the first inputs."""
@@ -125,8 +141,13 @@ class Bench:
                 off = self.error(self.run(smaller, trial), expected, fixed, trial)
             except Exception as error:  # whatever a network raises once it is smaller
                 return f"the network fails without them ({type(error).__name__}: {_first_line(error)})"
-        if off is not None:
-            return f"its outputs are off by {off:.1e} of their spread without them"
+            if off is not None:
+                torch.manual_seed(trial + len(self.inputs))
+                if difference(call(fixed, self.inputs[trial]), expected) > self.tolerance:
+                    return "the network draws random numbers in eval mode, so that its outputs cannot be compared"
+                return f"its outputs are off by {off:.1e} of their spread without them"
+            if trial == 0 and self.runs_in_training(fixed) and not self.runs_in_training(smaller):
+                return "the network fails without them in train mode, where it uses layers that it does not use now"
         expected_count = sum(each.numel() for each in smaller.parameters())
         counted = record.count_parameters(record.dead(masks))
         if counted != expected_count:

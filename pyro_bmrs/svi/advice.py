@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from pyro_bmrs.criteria.evidence import LACKING_EVIDENCE, EvidenceCriterion
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
@@ -67,6 +68,12 @@ class Advice:
         known = torch.cat(scores) if scores else torch.empty(0)
         has_line = len(known) and self.pruner.criterion.has_line
         closest = f" (the closest scores {float(known.max()):.3g}, and 0 removes)" if has_line else ""
+        undecided = (
+            int((known >= -LACKING_EVIDENCE).sum()) if isinstance(self.pruner.criterion, EvidenceCriterion) else 0
+        )
+        if undecided:
+            turn = "Add log 3 to its prior_log_odds, which is the default of a fit: it is a prior that favours absence"
+            return [(f"none of {total} structures was removed{closest}, though {undecided} lack evidence", turn)]
         if not scores:
             return [
                 ("nothing was removed, since the criterion was never asked", "Raise epochs beyond kl_warmup_epochs")
@@ -126,12 +133,14 @@ class Advice:
     def _movement(self) -> list[tuple[str, str]]:
         if self.rates.noisy_epochs == 0:
             return []
-        changes = {}
+        changes: dict[str, float] = {}
+        if not bool(self.guide.keep.any()):
+            return []
         for name, parameter in self.guide.named_parameters():
             before = self._before[name]
             if before.shape != parameter.shape:  # the network has shrunk: the posterior has moved enough for that
                 return []
-            changes[name] = float((parameter.detach() - before).abs().median())
+            changes[name] = float((parameter.detach() - before).abs()[self.guide.keep].median())
         if max(changes.values(), default=1.0) >= _HARDLY_MOVED:
             return []
         shown = ", ".join(f"{name} {change:.2g}" for name, change in changes.items())

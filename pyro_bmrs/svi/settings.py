@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from pyro_bmrs.checks import check_flag, check_list, described
 from pyro_bmrs.criteria import BMRS_N, Criterion
+from pyro_bmrs.criteria.evidence import LACKING_EVIDENCE
 from pyro_bmrs.model.guides.flat import FlatGuide
 from pyro_bmrs.model.network import NoisyNetwork
 from pyro_bmrs.randomness import local_seed
@@ -92,7 +92,7 @@ class FitSettings(TypedDict, total=False):
 
 
 _DEFAULTS: FitSettings = {
-    "criterion": BMRS_N(prior_log_odds=math.log(3)),
+    "criterion": BMRS_N(prior_log_odds=LACKING_EVIDENCE),
     "pruning": Continuous(),
     "epochs": None,
     "fine_tune_epochs": None,

@@ -186,3 +186,20 @@ def test_a_prior_far_from_its_bound_is_warned_of():
         bmrs.UnreliableEvidenceWarning, match="lower bound .* is 9 standard deviations below its location"
     ):
         bmrs.BMRS_N().reduced_prior(far)
+
+
+@pytest.mark.parametrize("match_by", ["parameters", "structures"])
+def test_what_has_been_spared_is_not_removed_again(match_by):
+    model, guide, x = build("mlp")
+    context = bmrs.PruningContext(model, guide, bmrs.find_structures(model.net, x), x, torch.arange(len(x)) % 4)
+    match = bmrs.PosteriorMean(float(torch.cat([*guide.mean().values()]).detach().median()))
+    ranking = bmrs.Random(match, match_by=match_by, seed=3)
+    first = ranking.removable(context)
+    assert any(bool((removed & ~match.removable(context)[site]).any()) for site, removed in first.items())
+    for site, layer in model.noise.items():
+        layer.remove(first[site])
+    assert not any(bool(removed.any()) for removed in ranking.removable(context).values())
+
+
+def test_a_ranking_matches_what_a_fit_would_remove_by_default():
+    assert bmrs.WeightNorm().match == bmrs.Random().match == bmrs.BMRS_N(prior_log_odds=math.log(3))

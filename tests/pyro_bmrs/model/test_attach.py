@@ -825,3 +825,24 @@ def test_the_papers_placement_is_fitted_and_shrinks():
         torch.testing.assert_close(small(x), bmrs.predict(model, guide, x), **EXACT)
     net = model.net.detach()
     assert not hooks(net)
+
+
+def test_noise_that_has_been_detached_is_missed():
+    model, guide = attached("residual", torch.float32)
+    x, y = data("residual", 8, torch.float32)
+    model.net.detach()
+    few = {"epochs": 1, "fine_tune_epochs": 0, "progress": False}
+    for call in (
+        lambda: bmrs.fit(model, guide, (x, y), **few),
+        lambda: bmrs.predict(model, guide, x),
+        lambda: bmrs.compact(model, guide, None, x),
+    ):
+        with pytest.raises(ValueError, match="the noise has been detached from this network: attach it again"):
+            call()
+
+
+def test_a_noise_layer_of_another_size_is_to_blame_itself():
+    net = nn.Sequential(nn.Linear(5, 16), bmrs.MultiplicativeNoise(15), nn.Linear(16, 2))
+    model = bmrs.NoisyNetwork(net)
+    with pytest.raises(ValueError, match=r"^1\.theta is for 15 structures .*: give it the size of that dimension$"):
+        bmrs.fit(model, bmrs.TruncatedLogNormalGuide(model), (torch.randn(6, 5), torch.arange(6) % 2), progress=False)

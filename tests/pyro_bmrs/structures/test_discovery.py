@@ -261,3 +261,16 @@ def test_examples_that_show_nothing_are_refused_in_a_line():
     with pytest.raises(ValueError, match=r"an? ndarray of shape \(2, 1, 8, 8\) and dtype float32") as error:
         bmrs.find_structures(net, torch.randn(2, 1, 8, 8).numpy())
     assert "\n" not in str(error.value)
+
+
+def test_networks_that_draw_are_refused_for_that():
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(nn.functional.dropout(self.a(x), 0.5, training=True))
+
+    refused = bmrs.find_structures(Drawing(), torch.randn(3, 4)).refused
+    assert "draws random numbers in eval mode" in refused["a"]

@@ -442,7 +442,10 @@ def test_layers_that_only_run_in_training_are_not_cut_behind_its_back():
             return self.b(h) + self.other(h) if self.training else self.b(h)
 
     net, x = Auxiliary(), torch.randn(6, 4)
-    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x)), num_data=10)
+    found = bmrs.find_structures(net, x)
+    assert "the network fails without them in train mode" in found.refused["a"]
+    assert found.refused["other"] == "it is not used in a forward pass on the example"
+    model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x, trial=False)), num_data=10)
     guide = bmrs.TruncatedLogNormalGuide(model)
     optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()])
     model.noise["a.theta"].remove(torch.tensor([True, False, False, True, False]))
