@@ -64,21 +64,25 @@ class Advice:
             return [(f"only {left} of {total} structures are left{of}", turn)]
         if self.pruner.criterion is None or left < total:
             return []
+        return [self._nothing_removed(total)]
+
+    def _nothing_removed(self, total: int) -> tuple[str, str]:
+        """Return why nothing was removed, as far as scores say it."""
+        criterion, none = self.pruner.criterion, f"none of {total} structures was removed"
         scores = [score[score.isfinite()] for score in self.pruner.scores.values()]
-        known = torch.cat(scores) if scores else torch.empty(0)
-        has_line = len(known) and self.pruner.criterion.has_line
-        closest = f" (the closest scores {float(known.max()):.3g}, and 0 removes)" if has_line else ""
-        undecided = (
-            int((known >= -LACKING_EVIDENCE).sum()) if isinstance(self.pruner.criterion, EvidenceCriterion) else 0
-        )
-        if undecided:
-            turn = "Add log 3 to its prior_log_odds, which is the default of a fit: it is a prior that favours absence"
-            return [(f"none of {total} structures was removed{closest}, though {undecided} lack evidence", turn)]
         if not scores:
-            return [
-                ("nothing was removed, since the criterion was never asked", "Raise epochs beyond kl_warmup_epochs")
-            ]
-        return [(f"none of {total} structures was removed{closest}", self._more())]
+            return "nothing was removed, since the criterion was never asked", "Raise epochs beyond kl_warmup_epochs"
+        known = torch.cat(scores)
+        if criterion is None or not criterion.has_line or not len(known):
+            return none, self._more()
+        could, undecided = (int((known >= line).sum()) for line in (0, -LACKING_EVIDENCE))
+        if could:
+            return f"{none}, though {could} could be: each is more than the size allows", "Raise remove"
+        closest = f"{none} (the closest scores {float(known.max()):.3g}, and 0 removes)"
+        if undecided and isinstance(criterion, EvidenceCriterion):
+            turn = "Add log 3 to its prior_log_odds, which is the default of a fit: it is a prior that favours absence"
+            return f"{closest}, though the evidence for {undecided} of them is not positive", turn
+        return closest, self._more()
 
     def _is_as_good_as_ever(self) -> bool:
         """Return whether the validation accuracy in the end is about what it was at its best, and that is something."""

@@ -274,3 +274,11 @@ def test_networks_that_draw_are_refused_for_that():
 
     refused = bmrs.find_structures(Drawing(), torch.randn(3, 4)).refused
     assert "draws random numbers in eval mode" in refused["a"]
+
+
+def test_weights_that_are_not_finite_are_named():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[2].bias[1] = float("nan")
+    with pytest.raises(ValueError, match=r"parameter '2\.bias' is not finite everywhere"):
+        bmrs.find_structures(net, torch.randn(2, 4))

@@ -145,3 +145,38 @@ def test_few_steps_that_have_removed_something_are_enough():
         fitted(epochs=60, criterion=bmrs.PosteriorMean(1e-9))
     result, _ = fitted(epochs=60, criterion=Half())
     assert result.masks["2.theta"].sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("scores", "pruning", "message"),
+    [
+        (
+            -0.5,
+            bmrs.Continuous(),
+            r"closest scores -0.5, .* evidence for 16 of them is not positive\. Add log 3 to its",
+        ),
+        (0.5, bmrs.ToSize(0.01), r"none of 16 .* though 16 could be: each is more than the size allows\. Raise remove"),
+        (-9.0, bmrs.Continuous(), r"closest scores -9, and 0 removes\)\. Train for more steps"),
+    ],
+)
+def test_nothing_removed_has_its_reason(scores, pruning, message):
+    class Fixed(bmrs.EvidenceCriterion):
+        def scores(self, context):
+            return {site: torch.full((size,), scores) for site, size in context.model.sizes.items()}
+
+    with pytest.warns(bmrs.FitWarning, match=message):
+        fitted(epochs=100, criterion=Fixed(), pruning=pruning)
+
+
+def test_many_removed_at_no_loss_is_no_alarm():
+    class Nearly(bmrs.Criterion):
+        def scores(self, context):
+            return {site: torch.arange(size) - 0.5 for site, size in context.model.sizes.items()}
+
+    model, guide = small_classifier(hidden=60)
+    x = torch.randn(150, 6)
+    data = x, (x[:, 0] > 0).long()
+    settings = {**FEW, "epochs": 100, "fine_tune_epochs": 40, "posterior_lr": 0.2, "criterion": Nearly()}
+    result = bmrs.fit(model, guide, data, data, **settings)  # a warning would be an error
+    assert result.masks["2.theta"].sum() == 1
+    assert result.history[-1]["accuracy_validation"] > 0.9
