@@ -178,6 +178,8 @@ class NoisyNetwork(PyroModule, NoisyModel):
             output = self.run(x, draws)
         batch = batch_size(x)
         observed = self.observed(output, batch)
+        if y is not None:
+            _check_shape(y, observed)
         with pyro.plate("data", batch), poutine.scale(scale=self._multiplicity(batch)):
             pyro.sample("obs", observed, obs=y)
         return output
@@ -204,11 +206,13 @@ class NoisyNetwork(PyroModule, NoisyModel):
         """
         output = self.run(x, noise)
         batch = batch_size(x)
-        if self.likelihood is categorical and isinstance(output, Tensor) and output.dim() == 2:
+        if self.likelihood is categorical and isinstance(output, Tensor) and output.dim() == 2 and y.dim() == 1:
             # One operation in the place of several, each way.
             total = -cross_entropy(output, y.long(), reduction="sum", ignore_index=_NO_LABEL)
         else:
-            total = self.observed(output, batch).log_prob(y).sum()
+            observed = self.observed(output, batch)
+            _check_shape(y, observed)
+            total = observed.log_prob(y).sum()
         return self._multiplicity(batch) * total
 
     def observed(self, output: Any, batch: int) -> TorchDistribution:
@@ -250,6 +254,15 @@ def _checked_weights(kl_weight: Any, sites: Sequence[str]) -> tuple[float, dict[
     if kl_weight.keys() != set(sites):
         raise ValueError(f"kl_weight must have a number for each of the sites {sites}, but names {list(kl_weight)}")
     return 1.0, {site: check_number(f"kl_weight of site {site!r}", kl_weight[site]) for site in sites}
+
+
+def _check_shape(y: Tensor, observed: TorchDistribution) -> None:
+    """Raise ``ValueError`` where observations would be broadcast against their distribution."""
+    if y.shape != (wanted := observed.batch_shape + observed.event_shape):
+        raise ValueError(
+            f"the observations are of shape {tuple(y.shape)}, but the likelihood, a {type(observed).__name__}, is of "
+            f"shape {tuple(wanted)}: reshape one of them"
+        )
 
 
 def _check_likelihood(likelihood: Any) -> None:

@@ -102,7 +102,7 @@ def check_observations(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> 
             f"{name} has observations of {y.dtype}, but a Categorical likelihood needs class indices: use y.long()"
         )
     inside = observed.support.check(y)
-    if inside.shape != (len(y),):
+    if inside.shape != (len(y),) or y.shape != (len(y), *observed.event_shape):
         raise ValueError(
             f"{name} has observations of shape {tuple(y.shape)}, but the likelihood is a {type(observed).__name__} "
             f"over events of shape {tuple(observed.event_shape)}; reshape the observations, or the likelihood with "

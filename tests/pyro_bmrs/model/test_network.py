@@ -95,3 +95,23 @@ def test_layers_may_be_called_what_they_like():
     net, x = Named(), torch.randn(2, 3)
     model = bmrs.NoisyNetwork(bmrs.attach_noise(net, bmrs.find_structures(net, x)))
     assert model.sizes == {"keys.theta": 4, "values.theta": 5, "a/b.theta": 6, "a.b.theta": 4}
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y"),
+    [
+        (lambda out: dist.Normal(out[:, 0], 0.1), torch.zeros(6, 1)),
+        (lambda out: dist.Normal(out, 0.1).to_event(1), torch.zeros(6, 1)),
+        (None, torch.zeros(6, 1, dtype=torch.long)),
+    ],
+)
+def test_observations_are_not_broadcast(likelihood, y):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    x, model = torch.randn(6, 4), bmrs.NoisyNetwork(net, likelihood)
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    with pytest.raises(ValueError, match=r"the observations are of shape \(6, 1\)"):
+        bmrs.MeanFieldELBO()(model, guide)(x, y)
+    with pytest.raises(ValueError, match=r"the observations are of shape \(6, 1\)"):
+        model(x, y)
+    with pytest.raises(ValueError, match=r"train has observations of shape \(6, 1\)"):
+        bmrs.fit(model, guide, (x, y), epochs=1, progress=False)
