@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = re.findall(r"^  (\w+)/", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-LEAVES = ["checks", "eval_mode", "randomness", "_arviz", "_version"]  # import nothing of the library
+LEAVES = ["checks", "eval_mode", "randomness", "warn", "_arviz", "_version"]  # import nothing of the library
 
 
 def modules(package):

@@ -6,7 +6,6 @@ down. So ArviZ is asked only for k-hat, which says whether the mean of the weigh
 """
 
 import math
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.distributions import Distribution
 from pyro_bmrs.bmr.registry import check_distributions, register_evidence_change
 from pyro_bmrs.checks import check_integer, check_seed
 from pyro_bmrs.randomness import local_seed
+from pyro_bmrs.warn import warn
 
 __all__ = [
     "PARETO_K_LIMIT",
@@ -188,11 +188,10 @@ def _warn_where_unreliable(result: SampledEvidenceChange) -> None:
     k = result.pareto_k[~result.reliable]
     if not k.numel():
         return
-    warnings.warn(
+    warn(
         f"the sampled evidence change of {k.numel()} of {result.pareto_k.numel()} elements is unreliable: its Pareto "
         f"k-hat is above {PARETO_K_LIMIT}, up to {k.nan_to_num(torch.inf, torch.inf).max():.2g}, because hardly any of "
         f"{result.num_samples} draws of the posterior fall where the reduced prior has its mass; use evidence_change "
         "if there is a closed form, else a wider reduced prior or more draws",
         UnreliableEvidenceWarning,
-        stacklevel=3,
     )

@@ -1,7 +1,6 @@
 """Criteria by the change of evidence under a prior that would remove a structure: the paper's two."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from pyro_bmrs.bmr import UnreliableEvidenceWarning, evidence_change, precision_
 from pyro_bmrs.checks import check_number, described
 from pyro_bmrs.criteria.base import Criterion, PruningContext, Scores
 from pyro_bmrs.distributions import TruncatedLogNormal
+from pyro_bmrs.warn import warn
 
 __all__ = ["BMRS_N", "BMRS_U", "LACKING_EVIDENCE", "EvidenceCriterion"]
 
@@ -147,12 +147,11 @@ def _warn_of_far_bound(prior: TruncatedLogNormal) -> None:
     """Warn where a prior has next to no density at its lower bound, of which the spike asks."""
     distance = (prior.loc - prior.log_low) / prior.scale
     if bool((distance > _FAR).any()):
-        warnings.warn(
+        warn(
             f"the lower bound of a truncated log-normal prior is {float(distance.max()):.3g} standard deviations below "
             "its location, where it has next to no density: BMRS_N, which compares posterior and prior there, means "
             "nothing, in either direction; use BMRS_U or free-form evidence, or a wider prior",
             UnreliableEvidenceWarning,
-            stacklevel=3,
         )
 
 

@@ -187,7 +187,8 @@ def _likelihood(
         with undisturbed(net), evaluating(net), refusing("the network does not run on the inputs of train"):
             result = call(net, example)
         if output is not None:
-            with refusing(f"output does not take a {type(result).__name__}, which the network returns"):
+            what = f"output does not take a {type(result).__name__}, which the network returns"
+            with refusing(what, "write another"):
                 result = output(result)
         likelihood = guessed(result, source.first[1][:_FEW])
     return likelihood if output is None else partial(after, output, likelihood)

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import warnings
 
 import torch
 
@@ -12,6 +11,7 @@ from pyro_bmrs.svi.history import History
 from pyro_bmrs.svi.pruner import Pruner
 from pyro_bmrs.svi.result import FitWarning
 from pyro_bmrs.svi.schedule import Rates
+from pyro_bmrs.warn import warn
 
 __all__ = ["Advice"]
 
@@ -50,12 +50,13 @@ class Advice:
     def give(self) -> None:
         """Warn once of all that went nowhere, if anything did."""
         if text := self.text():
-            warnings.warn(f"the fit has ended, but {text}", FitWarning, stacklevel=3)
+            warn(f"the fit has ended, but {text}", FitWarning)
 
     def _pruning(self) -> list[tuple[str, str]]:
         kept = {site: int(mask.sum()) for site, mask in self.pruner.masks.items()}
         total, left = sum(len(mask) for mask in self.pruner.masks.values()), sum(kept.values())
-        if (left <= _NEARLY_ALL * total or not all(kept.values())) and not self._is_as_good_as_ever():
+        nearly_all = left <= max(_NEARLY_ALL * total, len(kept)) < total or not all(kept.values())
+        if nearly_all and not self._is_as_good_as_ever():
             empty = [site for site, count in kept.items() if not count]
             of = f", none of {', '.join(map(repr, empty))}" if empty else ""
             steps = self.rates.noisy_epochs * self.data.steps
@@ -158,16 +159,19 @@ class Advice:
         if steps == 0 or travel >= (_FAR if removed else _NEEDED_TRAVEL):
             return []
         reason = f"its posterior could travel {travel:.2g} nats at most, of the 10 to 20 there and 10 to 20 back"
-        return [(f"{reason} that it may take to decide on a structure", self._more())]
+        turn = self._longer() if removed else self._more()
+        return [(f"{reason} that it may take to decide on a structure", turn)]
 
     def _more(self) -> str:
+        """Return how to have more removed."""
+        now = f"posterior_lr (now {self.rates.posterior_lr:g}) or kl_weight (now {self._kl_weight()})"
+        return f"{self._longer()}, raise {now}"
+
+    def _longer(self) -> str:
         steps, travel = self.rates.noisy_epochs * self.data.steps, self.rates.travel(self.data.steps)
         few = 0 < travel < _NEEDED_TRAVEL
         wanted = f"at least {math.ceil(steps * _NEEDED_TRAVEL / travel)}" if few else "more"
-        return (
-            f"Train for {wanted} steps with noise (now {steps}), raise posterior_lr (now {self.rates.posterior_lr:g}) "
-            f"or kl_weight (now {self._kl_weight()})"
-        )
+        return f"Train for {wanted} steps with noise (now {steps})"
 
     def _kl_weight(self) -> str:
         model = self.model

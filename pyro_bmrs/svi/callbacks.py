@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_bmrs.io.files import AtomicFile
 from pyro_bmrs.svi.result import validation_figure
+from pyro_bmrs.warn import warn
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -122,7 +122,7 @@ class JSONLines(Callback):
             write()
         except OSError as error:
             self._broken = True
-            warnings.warn(f"{self.path} cannot be written ({error}); the fit goes on", RuntimeWarning, stacklevel=3)
+            warn(f"{self.path} cannot be written ({error}); the fit goes on", RuntimeWarning)
         else:
             self._broken = False
 

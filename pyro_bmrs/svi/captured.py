@@ -1,6 +1,5 @@
 """A whole training step as one CUDA graph: network, noise, objective and optimiser, launched at once."""
 
-import warnings
 from dataclasses import dataclass, field
 
 import pyro
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bmrs.model.noise import MultiplicativeNoise
+from pyro_bmrs.warn import warn
 
 __all__ = ["CapturedStep"]
 
@@ -86,10 +86,9 @@ class CapturedStep:
                 self._capture(batch)
             except RuntimeError as error:
                 self._given_up = True
-                warnings.warn(
+                warn(
                     f"the step cannot be captured and runs as usual, more slowly ({str(error).strip()[:500]})",
                     RuntimeWarning,
-                    stacklevel=2,
                 )
                 return self._on_the_side(batch)
         assert batch.graph is not None

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from pyro_bmrs.svi.run import Member, Run
 from pyro_bmrs.svi.run_folder import RunFolder
 from pyro_bmrs.svi.trained_model import TrainedModel
 from pyro_bmrs.svi.training import Trainer
+from pyro_bmrs.warn import warn
 
 __all__ = ["Checkpointing"]
 
@@ -55,7 +55,7 @@ class Checkpointing:
         try:
             write_checkpoint(self.folder.checkpoint, state)
         except OSError as error:
-            warnings.warn(f"{error}; the fit goes on", RuntimeWarning, stacklevel=4)
+            warn(f"{error}; the fit goes on", RuntimeWarning)
         else:
             self._saved_at = len(self.member.history.entries)
 

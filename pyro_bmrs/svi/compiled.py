@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_bmrs.randomness import local_seed
+from pyro_bmrs.warn import warn
 
 __all__ = ["CompiledStep"]
 
@@ -98,11 +99,7 @@ class CompiledStep:
             except Exception as error:  # tracers and compilers raise whatever they like
                 self._given_up = True
                 reason = f"{type(error).__name__}: {str(error).strip()[:500]}"
-                warnings.warn(
-                    f"the step cannot be compiled and runs as usual, more slowly ({reason})",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                warn(f"the step cannot be compiled and runs as usual, more slowly ({reason})", RuntimeWarning)
                 return self._eager(x, y, *numbers)
         with torch.no_grad():
             loss, *gradients = self._graphs[key](*inputs)

@@ -1,6 +1,5 @@
 """Fitting one model from many seeds at once: deep ensembles, and error bars, for less than the sum of their parts."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from pyro_bmrs.svi.settings import (
     prepare,
 )
 from pyro_bmrs.svi.training import Trainer
+from pyro_bmrs.warn import warn
 
 __all__ = ["EnsembleMember", "fit_ensemble"]
 
@@ -246,9 +246,8 @@ def _advise(advice: Mapping[int, Advice]) -> None:
     texts = {seed: text for seed, each in advice.items() if (text := each.text())}
     if texts:
         seed, text = next(iter(texts.items()))
-        warnings.warn(
+        warn(
             f"the fit has ended, but of {len(texts)} of {len(advice)} replicas ({', '.join(map(str, texts))}) there is "
             f"little to show, for instance of seed {seed}: {text}",
             FitWarning,
-            stacklevel=3,
         )

@@ -1,6 +1,5 @@
 """Fitting: stochastic variational inference, pruning, and fine-tuning of what remains."""
 
-import warnings
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, Unpack
@@ -43,6 +42,7 @@ from pyro_bmrs.svi.settings import (
 )
 from pyro_bmrs.svi.trained_model import TrainedModel
 from pyro_bmrs.svi.training import Trainer
+from pyro_bmrs.warn import warn
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -191,7 +191,7 @@ def fit(
             if kept is not None and kept.exists():
                 kept.resume()
             elif model.fitted and rates.noisy_epochs:
-                warnings.warn(_FITTED, FitWarning, stacklevel=2)
+                warn(_FITTED, FitWarning)
             try:
                 run.go(None if kept is None else kept.save_if_due)
             except FloatingPointError as error:
@@ -237,10 +237,9 @@ def _check_streams(data: Source, fabric: "Fabric", compiled: bool, kept: bool) -
     if compiled and not isinstance(data.first[0], Tensor):
         raise ValueError("compile=True takes inputs of one tensor: a tuple or mapping of them needs compile=False")
     if kept and data.lost_on_resume:
-        warnings.warn(
+        warn(
             f"a resumed fit will not be the same as one without interruption, since {data.lost_on_resume} is lost",
             FitWarning,
-            stacklevel=3,
         )
 
 

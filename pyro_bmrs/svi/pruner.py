@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 
@@ -22,6 +21,7 @@ from pyro_bmrs.structures.inputs import Inputs, first_examples
 from pyro_bmrs.structures.shrink import shrink_known
 from pyro_bmrs.structures.structure_set import StructureSet
 from pyro_bmrs.svi.checkpoint import State
+from pyro_bmrs.warn import warn
 
 __all__ = ["CostRemoved", "Pruner"]
 
@@ -268,10 +268,9 @@ class Pruner:
             after = int(layer.keep.sum())
             counts[site] = before - after
             if before and not after:
-                warnings.warn(
+                warn(
                     f"{site!r} has lost all its structures: nothing passes through them any more. In a branch beside "
                     "which the signal goes on that may be right; otherwise lower kl_weight, or prune later",
                     RuntimeWarning,
-                    stacklevel=6,
                 )
         return counts

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pyro_bmrs.svi.nonfinite import check_finite
 from pyro_bmrs.svi.pruning import Continuous, PlannedEpoch, Pruning
 from pyro_bmrs.svi.result import FitWarning
 from pyro_bmrs.svi.schedule import Rates
+from pyro_bmrs.warn import warn
 
 __all__ = [
     "FitSettings",
@@ -255,11 +255,10 @@ def _check_data_sets(
 def counting_examples(model: NoisyNetwork, size: int) -> Iterator[None]:
     """Have ``model`` count ``size`` examples while it is fitted, if it has no number of its own."""
     if model.num_data is not None and model.num_data != size:
-        warnings.warn(
+        warn(
             f"num_data of the model is {model.num_data}, but train has {size} examples: the likelihood counts as "
             f"{model.num_data} examples; leave num_data out to have it count as {size}",
             FitWarning,
-            stacklevel=4,
         )
     with model.counting(size):
         yield

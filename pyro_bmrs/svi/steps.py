@@ -1,7 +1,6 @@
 """One training step, run plainly, compiled, or captured: from a batch to changed parameters."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.svi.captured import CapturedStep
+from pyro_bmrs.warn import warn
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,11 +31,7 @@ def make_step(objective: nn.Module, optimizer: torch.optim.Optimizer, fabric: "F
     """Return how to run a step of ``optimizer`` on ``objective``, compiled if asked for and possible."""
     needs_fabric = fabric.world_size > 1 or "mixed" in fabric.strategy.precision.precision
     if compiled and needs_fabric:
-        warnings.warn(
-            "going on uncompiled: a compiled step runs in one process and without mixed precision",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn("going on uncompiled: a compiled step runs in one process and without mixed precision", RuntimeWarning)
     elif compiled:
         return _compiled(objective, optimizer, fabric.device)
     if not needs_fabric:  # its wrappers would do nothing, and take their time
