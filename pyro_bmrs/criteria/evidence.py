@@ -131,7 +131,7 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801  (the paper's name)
         torch.Size([8])
     """
 
-    scale: float = 1e-6
+    scale: float = field(default=1e-6, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

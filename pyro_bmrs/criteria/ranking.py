@@ -25,8 +25,8 @@ class RankingCriterion(Criterion):
     """A criterion without a decision line: it removes as much as ``match`` would.
 
     What ``match`` would remove is counted in the whole network: a structure that has been removed although ``match``
-    would keep it counts as kept there. So asking again and again does not add up. Structures that have been cut out
-    while training (``shrink=True``) are not counted.
+    would keep it counts as kept there, so that asking again and again does not add up. That holds for a ``match`` that
+    reads posteriors; one that looks at data finds that what has been removed is not needed.
 
     Args:
         match: The criterion whose compression is matched; by default that of a fit.
@@ -79,7 +79,8 @@ class RankingCriterion(Criterion):
 
     def _matched(self, context: PruningContext) -> Scores:
         """Return what ``match`` would remove, whether it has been removed or not."""
-        removable, scores = self.match.removable(context), self.match.scores(context)
+        scores = self.match.scores(context)
+        removable = self.match.removable(context, scores)
         return {
             site: removable[site] | (scores[site].isfinite() & (scores[site] >= 0) & ~keep)
             for site, keep in context.model.masks.items()

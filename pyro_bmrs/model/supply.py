@@ -30,14 +30,14 @@ def supply_noise(
         masked: Whether structures that have been removed are to be at 0 whatever the values.
     """
     known: dict[int, tuple[Tensor, Pass | None]] = {}  # one for all noise that was drawn as one tensor
-    for site, layer in layers.items():
-        theta = values[site]
-        whole = theta._base if theta._is_view() else None
-        drawn = theta if whole is None or whole.grad_fn is None else whole  # a parameter would keep the pass alive
-        if id(drawn) not in known:
-            known[id(drawn)] = drawn, _waiting_for(drawn)
-        layer.hold(theta, masked, known[id(drawn)][1])
     try:
+        for site, layer in layers.items():
+            theta = values[site]
+            whole = theta._base if theta._is_view() else None
+            drawn = theta if whole is None or whole.grad_fn is None else whole  # a parameter would keep the pass alive
+            if id(drawn) not in known:
+                known[id(drawn)] = drawn, _waiting_for(drawn)
+            layer.hold(theta, masked, known[id(drawn)][1])
         yield
     finally:
         for layer in layers.values():

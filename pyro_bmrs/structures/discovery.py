@@ -178,7 +178,7 @@ def _check_modules(net: nn.Module) -> None:
     for name, parameter in net.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run the network on an example once")
-        if not (parameter.is_meta or bool(torch.isfinite(parameter).all())):
+        if not (parameter.is_meta or parameter.itemsize == 1 or bool(torch.isfinite(parameter).all())):
             raise ValueError(f"parameter {name!r} is not finite everywhere: a removal could not be tried on it")
 
 

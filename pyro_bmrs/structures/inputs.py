@@ -46,9 +46,9 @@ def call_example(net: nn.Module, inputs: Inputs, name: str = "the example inputs
     Raises:
         ValueError: If the network does not run on them; says why.
     """
-    tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor)]
-    if any(each.dim() and not len(each) for each in tensors):
-        raise ValueError(f"{name} are of no example: {described(tensors[0])}; give two of them")
+    first = next((each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.dim()), None)
+    if first is not None and not len(first):
+        raise ValueError(f"{name} are of no example: {described(first)}; give two of them")
     own = next((f", and parameters are of {p.dtype}" for p in net.parameters()), "")
     shown = " and ".join(described(each) for each in tree_leaves(inputs)[:3])
     with refusing(f"the network does not run on {name}, {shown}{own}"):

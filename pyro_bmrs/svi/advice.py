@@ -5,6 +5,7 @@ import statistics
 
 import torch
 
+from pyro_bmrs.criteria.base import Criterion
 from pyro_bmrs.criteria.evidence import LACKING_EVIDENCE, EvidenceCriterion
 from pyro_bmrs.svi.data.source import Source
 from pyro_bmrs.svi.history import History
@@ -76,12 +77,14 @@ class Advice:
         known = torch.cat(scores)
         if criterion is None or not criterion.has_line or not len(known):
             return none, self._more()
-        could, undecided = (int((known >= line).sum()) for line in (0, -LACKING_EVIDENCE))
-        if could:
-            return f"{none}, though {could} could be: each is more than the size allows", "Raise remove"
+        could = int((known >= 0).sum())
+        if could and type(criterion).removable is Criterion.removable:
+            return f"{none}, though {could} could be: size or levels are too small for any of them", "Raise them"
         closest = f"{none} (the closest scores {float(known.max()):.3g}, and 0 removes)"
-        if undecided and isinstance(criterion, EvidenceCriterion):
-            turn = "Add log 3 to its prior_log_odds, which is the default of a fit: it is a prior that favours absence"
+        odds = criterion.prior_log_odds if isinstance(criterion, EvidenceCriterion) else LACKING_EVIDENCE
+        undecided = int((known >= odds - LACKING_EVIDENCE).sum()) if isinstance(odds, int | float) else 0
+        if undecided and odds != LACKING_EVIDENCE:
+            turn = "Give it prior_log_odds=math.log(3), which a fit has by default: a prior that favours absence"
             return f"{closest}, though the evidence for {undecided} of them is not positive", turn
         return closest, self._more()
 

@@ -110,11 +110,11 @@ class Pruner:
                 close to the target as possible, from either side.
         """
         assert self.criterion is not None
-        removable, scores = self._evaluate(self.criterion)
+        scores = self._noted_scores(self.criterion)
         flat = self.guide.join({site: self._spared(site, score) for site, score in scores.items()})
         candidates = flat > -math.inf
         if removable_only:
-            candidates &= self.guide.join(removable)
+            candidates &= self.guide.join(self.criterion.removable(self._context(), scores))
         order = flat.argsort(descending=True, stable=True)
         order = order[candidates[order]]
 
@@ -228,10 +228,14 @@ class Pruner:
 
     def _evaluate(self, criterion: Criterion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return which structures the criterion would remove, and its scores, which are noted."""
+        scores = self._noted_scores(criterion)
+        return criterion.removable(self._context(), scores), scores
+
+    def _noted_scores(self, criterion: Criterion) -> dict[str, Tensor]:
         self.model.eval()
         scores = self._scores(criterion)
         self._note(scores)
-        return criterion.removable(self._context(), scores), scores
+        return scores
 
     def _spared(self, site: str, score: Tensor) -> Tensor:
         """Return the scores of a site, minus infinity where nothing may be removed: removed, unknown, or last."""

@@ -153,6 +153,7 @@ def checked_settings(function: Callable[..., Any], settings: Mapping[str, Any]) 
 
     Raises:
         TypeError: If there is no such setting, or one is not what its name says.
+        ValueError: If two do not go together.
     """
     check_keywords(settings, function, function)
     merged: FitSettings = {**_DEFAULTS, **settings}  # type: ignore[typeddict-item]
@@ -202,13 +203,17 @@ def check_model_and_guide(model: NoisyNetwork, guide: FlatGuide) -> None:
 
 
 def _check_choices(criterion: Any, pruning: Any) -> None:
-    """Raise ``TypeError`` unless these are what their names say."""
+    """Raise unless these are what their names say, and go together."""
     if not (criterion is None or isinstance(criterion, Criterion)):
         raise TypeError(
             f"criterion must be a Criterion, for instance BMRS_N(), or None, but got {described(criterion)}"
         )
     if not isinstance(pruning, Pruning):
         raise TypeError(f"pruning must be Continuous(), PostTraining() or ToSize(...), but got {described(pruning)}")
+    if pruning.shrinks and criterion is not None and not criterion.has_line:
+        raise ValueError(
+            f"shrink=True cuts out what {type(criterion).__name__}, which only ranks, has to count later: leave it out"
+        )
 
 
 def check_callbacks(callbacks: Any) -> list[Callback]:

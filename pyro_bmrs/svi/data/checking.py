@@ -9,6 +9,7 @@ from pyro.distributions import Categorical
 from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.constraints import is_dependent
+from torch.distributions.utils import lazy_property
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bmrs.checks import described
@@ -131,11 +132,13 @@ def check_observations(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> 
 
 
 def _check_parameters(observed: Any) -> None:
-    """Raise ``ValueError`` if a likelihood has a finite parameter that its class does not allow."""
+    """Raise ``ValueError`` if a likelihood was given a finite parameter that its class does not allow."""
     base = observed
     while isinstance(base, Independent):
         base = base.base_dist
     for name, constraint in base.arg_constraints.items():
+        if name not in base.__dict__ and isinstance(getattr(type(base), name, None), lazy_property):
+            continue  # follows from another parameter, up to rounding
         value = getattr(base, name, None)
         if not isinstance(value, Tensor) or is_dependent(constraint) or not bool(value.isfinite().all()):
             continue

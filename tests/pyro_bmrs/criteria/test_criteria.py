@@ -201,5 +201,12 @@ def test_what_has_been_spared_is_not_removed_again(match_by):
     assert not any(bool(removed.any()) for removed in ranking.removable(context).values())
 
 
+def test_a_ranking_and_shrinking_exclude_each_other():
+    model, guide, x = build("mlp")
+    with pytest.raises(ValueError, match="shrink=True cuts out what Random, which only ranks"):
+        bmrs.fit(model, guide, (x, torch.arange(len(x)) % 4), criterion=bmrs.Random(),
+                 pruning=bmrs.Continuous(shrink=True))  # fmt: skip
+
+
 def test_a_ranking_matches_what_a_fit_would_remove_by_default():
     assert bmrs.WeightNorm().match == bmrs.Random().match == bmrs.BMRS_N(prior_log_odds=math.log(3))

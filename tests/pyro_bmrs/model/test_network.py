@@ -115,3 +115,24 @@ def test_observations_are_not_broadcast(likelihood, y):
         model(x, y)
     with pytest.raises(ValueError, match=r"train has observations of shape \(6, 1\)"):
         bmrs.fit(model, guide, (x, y), epochs=1, progress=False)
+
+
+def test_noise_that_lacks_a_site_leaves_none_behind():
+    model, _, x = build("mlp")
+    plain = model.net(x)
+    with pytest.raises(KeyError):
+        model.run(x, {next(iter(model.sizes)): torch.zeros(next(iter(model.sizes.values())))})
+    assert torch.equal(model.net(x), plain)
+
+
+def test_parameters_that_follow_from_others_may_be_off_by_rounding():
+    scale_tril = torch.diag(torch.logspace(-3, 2, 40))
+    for likelihood, size, y in (
+        (None, 50_257, torch.arange(6)),
+        (lambda out: dist.MultivariateNormal(out, scale_tril=scale_tril), 40, torch.zeros(6, 40)),
+    ):
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), bmrs.MultiplicativeNoise(8), nn.Linear(8, size))
+        model = bmrs.NoisyNetwork(net, likelihood)
+        few = {"epochs": 1, "fine_tune_epochs": 0, "progress": False, "criterion": None}
+        with pytest.warns(bmrs.FitWarning):
+            bmrs.fit(model, bmrs.TruncatedLogNormalGuide(model), (torch.randn(6, 4), y), **few)

@@ -153,9 +153,9 @@ def test_few_steps_that_have_removed_something_are_enough():
         (
             -0.5,
             bmrs.Continuous(),
-            r"closest scores -0.5, .* evidence for 16 of them is not positive\. Add log 3 to its",
+            r"closest scores -0.5, .* evidence for 16 of them is not positive\. Give it prior_",
         ),
-        (0.5, bmrs.ToSize(0.01), r"none of 16 .* though 16 could be: each is more than the size allows\. Raise remove"),
+        (0.5, bmrs.ToSize(0.01), r"none of 16 .* though 16 could be: size or levels are too small for any of them\. "),
         (-9.0, bmrs.Continuous(), r"closest scores -9, and 0 removes\)\. Train for more steps"),
     ],
 )
