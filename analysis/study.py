@@ -21,7 +21,6 @@ from analysis.runs.config import (
     DatasetName,
     NetworkName,
     Placement,
-    PruningName,
     Ranking,
     RecipeName,
     RunConfig,
@@ -113,7 +112,7 @@ class Study:
     """How often noise is drawn, instead of the recipe's."""
     log_high: float | None = None
     """Upper bound of the prior on log(theta), instead of the recipe's."""
-    pruning: PruningName | None = None
+    pruning: Literal["continuous", "post-training"] | None = None
     pretrain_epochs: int | None = None
     """Of networks that are trained before; 0 where their weights come from a folder."""
     train_images: int | Literal["all"] | None = None
@@ -168,13 +167,13 @@ def main(study: Study, arguments: Sequence[str] = ()) -> bool:
     wanted = ("pending", "failed") if study.retry else ("pending",)
     todo = [config for config in configs if store.state(config) in wanted]
     done = [config for config in configs if store.state(config) == "done"]
+    if (fabric := launched(study.device)) is not None:
+        _run_together(study, fabric, fabric.broadcast(todo), store, _command(arguments))
+        return True
     print(f"{len(configs)} runs: {len(done)} done, {len(todo)} to do", flush=True)
     if todo:
         finished = [(config, store.read(config)["seconds"]) for config in done]
-        if (fabric := launched(study.device)) is None:
-            _run(study, todo, finished, store, _command(arguments))
-        else:
-            _run_together(study, fabric, fabric.broadcast(todo), store, _command(arguments))
+        _run(study, todo, finished, store, _command(arguments))
     return _list_failures(configs, store) == 0
 
 

@@ -54,8 +54,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model/noise.py",
-        "return theta * self.keep if self._declaration()[1] else theta",
-        "return theta",
+        "theta * self.keep if masks else theta",
+        "theta",
         "model/test_noise.py model/test_network.py structures/test_compact.py",
     ),
     Mutation(

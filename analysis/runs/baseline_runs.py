@@ -98,7 +98,8 @@ def baselines_beside(
                     own = {"widths": tuple(runs[seed]["kept"].values())}
                 if method not in BASELINES:  # in a fit like that of BMRS_N
                     own, recipe = {"pruning": "to-size", "kl_weight": weight}, "ours"
-                found.append(make_config(dataset, network, method, recipe, seed, budget=budget, **own, **settings))
+                changes = {**settings, **own}
+                found.append(make_config(dataset, network, method, recipe, seed, budget=budget, **changes))
     return list(dict.fromkeys(found))
 
 

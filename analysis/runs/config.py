@@ -321,10 +321,12 @@ def select_config(settings: Mapping[str, Any]) -> RunConfig:
     """
     if unknown := settings.keys() - _KNOWN:
         raise TypeError(f"no run has a setting called {', '.join(sorted(unknown))}")
+    if missing := {"method", "network"} - settings.keys():
+        raise TypeError(f"a run needs a setting {' and '.join(sorted(missing))}")
     kind: Any = _kind(settings["method"])
     parts: dict[str, Any] = {"net": _NETWORKS[settings["network"]]}
     if kind is NoisyRun:
-        parts["schedule"] = _SCHEDULES[settings["pruning"]]
+        parts["schedule"] = _SCHEDULES[settings.get("pruning", WhileTraining.pruning)]
     made: dict[str, Any] = {name: part(**_chosen(part, settings)) for name, part in parts.items()}
     config: RunConfig = kind(**_chosen(kind, settings), **made)
     return config
@@ -348,7 +350,7 @@ def _kind(method: str) -> type[RunConfig]:
 
 
 def _chosen(kind: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+    return {field.name: _one_form(field, settings[field.name]) for field in fields(kind) if field.name in settings}
 
 
 def _one_form(field: Field[Any], value: Any) -> Any:

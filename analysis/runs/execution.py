@@ -32,7 +32,7 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed, none of which changes its results by more than rounding.
+    """How a run is executed, none of which changes its results by more than rounding, several processes apart.
 
     Attributes:
         work: Folder of checkpoints, one folder per run; workers on several machines share it.
@@ -42,8 +42,9 @@ class Execution:
         compile: Whether to compile training steps (on CUDA: to capture them), instead of shrinking while training.
         checkpoint_every: Epochs between checkpoints.
         weights: Folder of pretrained weights, each in a folder of the network's name.
-        fabric: Launched, of several processes that train one run together, of which the first writes what is kept;
-            ``None`` for one process.
+        fabric: Launched, of several processes that train one run together, each with its own noise and its part of a
+            batch; the first writes what is kept, and a run goes on with as many processes as it began with. None for
+            one process.
     """
 
     work: Path

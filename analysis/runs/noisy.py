@@ -37,7 +37,9 @@ def execute_while_training(config: NoisyRun, execution: Execution, net: nn.Modul
     shrink = config.method.startswith(_OF_POSTERIORS) and not execution.compile
     folder = work_folder(config, execution)
     best = BestEpoch({"model": model, "guide": guide}, config.best_of, folder)
-    gradients = bmrs.TrainingGradients(guide) if config.method == "free_form" else None
+    gradients: Any = None
+    if config.method == "free_form":  # several processes each see the gradients of their own draws alone
+        gradients = bmrs.TrainingGradients(guide) if execution.fabric is None else split.train
     result = _fit(config, execution, model, guide, split)(
         folder=folder,
         criterion=criterion(config, gradients),

@@ -195,7 +195,7 @@ def make_config(
         own = ("kl_weight", "kl_by_cost", "kl_priced_at", "batch_size", "lr", "posterior_lr", "pixels", "log_high")
         specific |= {name: getattr(ours, name) for name in own}
     if pruning == "to-size":
-        specific["kl_warmup_epochs"] = 0  # the weight begins small by itself
+        specific |= {"kl_warmup_epochs": 0, "best_of": 0}  # its weight begins small, and its size is that of the end
     if kl_weight is not None:
         specific["kl_weight"] = kl_weight
     settings = {**common, **specific, **changes}

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from analysis.common.extras import require
 from analysis.runs.config import NoisyRun, RunConfig
 from analysis.runs.execution import Execution
@@ -99,8 +101,7 @@ def on_this_machine(configs: Sequence[RunConfig], execution: Execution, jobs: in
 
 def launched(device: str) -> "Fabric | None":
     """Return the processes that torchrun has started this one with; None where it stands alone."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1:
+    if not torch.distributed.is_torchelastic_launched() or (processes := int(os.environ["WORLD_SIZE"])) == 1:
         return None
     from lightning_fabric import Fabric  # noqa: PLC0415  (slow)
     from lightning_fabric.strategies.ddp import DDPStrategy  # noqa: PLC0415  (slow)

@@ -151,8 +151,6 @@ def fit_ensemble(
         bar = open_now.enter_context(closing(Callbacks([ProgressBar()] if chosen["progress"] else [])))
         try:
             run.go(summary=bar)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}. Lower lr or posterior_lr") from None
         finally:
             trained.stack.release()
         results = [each.end(run.seconds) for each in members]

@@ -196,9 +196,7 @@ def fit(
                 run.go(None if kept is None else kept.save_if_due)
             except FloatingPointError as error:
                 last = "" if kept is None else kept.last_good()
-                first = "It was so before any step: look at the data and the network"
-                turn = "Lower lr or posterior_lr" if run.trainer.step else first
-                raise FloatingPointError(f"{error}. {turn}{last}") from None
+                raise FloatingPointError(f"{error}{last}") from None
             result = member.end(run.seconds)
             if fabric.is_global_zero:
                 advice.give()

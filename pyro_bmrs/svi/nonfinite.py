@@ -11,6 +11,8 @@ from pyro_bmrs.structures.inputs import Inputs
 
 __all__ = ["check_finite", "check_parameters", "loss_error"]
 
+_TURN = "Lower lr or posterior_lr"
+
 
 def check_finite(model: NoisyNetwork, guide: FlatGuide) -> None:
     """Raise ``ValueError`` if a parameter is not finite before a fit, naming it."""
@@ -21,7 +23,7 @@ def check_finite(model: NoisyNetwork, guide: FlatGuide) -> None:
 def check_parameters(model: NoisyNetwork, guide: FlatGuide, step: int) -> None:
     """Raise ``FloatingPointError`` if a parameter is not finite after ``step``, naming it."""
     if culprits := _non_finite_tensors(model, guide):
-        raise FloatingPointError(f"a parameter stopped being finite by step {step}: {_list(culprits)}")
+        raise FloatingPointError(f"a parameter stopped being finite by step {step}: {_list(culprits)}. {_TURN}")
 
 
 def loss_error(model: NoisyNetwork, guide: FlatGuide, x: Inputs, step: int, loss: float) -> FloatingPointError:
@@ -36,10 +38,12 @@ def loss_error(model: NoisyNetwork, guide: FlatGuide, x: Inputs, step: int, loss
     """
     culprits = _non_finite_tensors(model, guide)
     if not culprits:
-        return FloatingPointError(f"the loss became {loss} at step {step}: {_first_non_finite_input(model, guide, x)}")
+        turn = _TURN if step else "No step has been taken yet: look at the data and the network"
+        where = _first_non_finite_input(model, guide, x)
+        return FloatingPointError(f"the loss became {loss} at step {step}: {where}. {turn}")
     if guide.device.type == "cuda":
-        return FloatingPointError(f"the loss became {loss} at step {step}: {_list(culprits)}")
-    return FloatingPointError(f"the gradient stopped being finite at step {step - 1}: {_list(culprits)}")
+        return FloatingPointError(f"the loss became {loss} at step {step}: {_list(culprits)}. {_TURN}")
+    return FloatingPointError(f"the gradient stopped being finite at step {step - 1}: {_list(culprits)}. {_TURN}")
 
 
 def _non_finite_tensors(model: NoisyNetwork, guide: FlatGuide) -> list[str]:

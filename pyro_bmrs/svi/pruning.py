@@ -166,8 +166,8 @@ class ToSize(Pruning):
     The weight of the KL is multiplied every now and then by more or less than 1, as the size that the criterion
     supports is too large or too small: a Lagrange multiplier on the expected cost. It begins small, so that there is no
     warm-up. What is removable is removed, never beyond the size; what is then still missing goes by score. The last
-    structure of a site stays. By a criterion that only ranks, structures go by score, more and more of them until 70 %
-    of the steps, while the weight of the KL warms up and stays what it is.
+    structure of a site stays. By a criterion that only ranks, structures go by score, more and more of them between a
+    third and 70 % of the steps, once the weight of the KL has warmed up.
 
     Args:
         remove: Fraction of the cost to remove, inside (0, 1).

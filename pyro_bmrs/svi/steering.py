@@ -104,8 +104,8 @@ class Steering(Target):
 class Gradual(Target):
     r"""Removes by score alone, for criteria without a decision line, much at first and less and less.
 
-    In the first third of the steps the weight of the KL warms up. With t from 0 to 1 between that and 70 % of the steps,
-    :math:`1 - (1 - t)^3` of what is to be removed is; later turns only see to it that it stays so.
+    In the first third of the steps the weight of the KL warms up. With t from 0 to 1 between that and 70 % of the
+    steps, :math:`1 - (1 - t)^3` of what is to be removed is; later turns only see to it that it stays so.
 
     References:
         To prune, or not to prune: exploring the efficacy of pruning for model compression (Zhu and Gupta, 2017)

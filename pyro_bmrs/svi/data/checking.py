@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from pyro.distributions import Categorical
 from torch import Tensor
-from torch.distributions import Independent
 from torch.distributions.constraints import is_dependent
 from torch.distributions.utils import lazy_property
 from torch.utils._pytree import tree_leaves, tree_map
@@ -134,7 +133,7 @@ def check_observations(model: NoisyNetwork, x: Inputs, y: Tensor, name: str) -> 
 def _check_parameters(observed: Any) -> None:
     """Raise ``ValueError`` if a likelihood was given a finite parameter that its class does not allow."""
     base = observed
-    while isinstance(base, Independent):
+    while hasattr(base, "base_dist"):  # Independent, masked, expanded, transformed
         base = base.base_dist
     for name, constraint in base.arg_constraints.items():
         if name not in base.__dict__ and isinstance(getattr(type(base), name, None), lazy_property):

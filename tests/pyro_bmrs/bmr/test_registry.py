@@ -133,9 +133,11 @@ def test_docstrings_list_later_rules():
 
 
 def test_no_docstring_gets_no_list(monkeypatch):
-    monkeypatch.setattr(evidence_change, "__doc__", None)  # as under python -OO
-    register_evidence_change(type(special()), LogUniform, LogUniform)(lambda q, p, reduced: q.loc)
-    assert evidence_change.__doc__ is None
+    with monkeypatch.context() as patched:
+        patched.setattr(evidence_change, "__doc__", None)  # as under python -OO
+        register_evidence_change(type(special()), LogUniform, LogUniform)(lambda q, p, reduced: q.loc)
+        assert evidence_change.__doc__ is None
+    register_evidence_change(type(special()), LogUniform, LogUniform)(lambda q, p, reduced: q.loc)  # lists both
 
 
 # --- refusals ------------------------------------------------------------------------------------------------

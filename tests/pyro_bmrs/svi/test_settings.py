@@ -271,3 +271,11 @@ def test_settings_are_one_record_for_every_fit():
     alone = bmrs.fit(*small_classifier(), blobs(), seed=seed, **settings)
     (member,) = bmrs.fit_ensemble(small_classifier, blobs(), seeds=[seed], **settings)
     assert [each["phase"] for each in alone.history] == [each["phase"] for each in member.result.history]
+
+
+def test_a_likelihood_out_of_range_is_seen_behind_a_mask():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 1))
+    model = bmrs.NoisyNetwork(net, lambda out: dist.Normal(out, -1.0).to_event(1).mask(True))
+    guide = bmrs.TruncatedLogNormalGuide(model)
+    with pytest.raises(ValueError, match="the likelihood is a Normal whose scale must satisfy"):
+        bmrs.fit(model, guide, (torch.randn(8, 6), torch.randn(8, 1)), progress=False)
