@@ -26,7 +26,7 @@ class Look:
 
 
 # Okabe and Ito's palette, its yellow darkened to be seen on white, and two greys; baselines share one colour and
-# differ by marker. In the order of legends.
+# differ by marker; a purple for the free form. In the order of legends.
 METHODS = {
     "none": Look("none (dense)", "#000000", "*"),
     "L2": Look(r"$L_2$ norm", "#999999", "s"),
@@ -36,6 +36,8 @@ METHODS = {
     "BMRS_N": Look(r"BMRS$_\mathcal{N}$", "#0072B2", "o"),
     "BMRS_U-8": Look(r"BMRS$_\mathcal{U}$-8", "#56B4E9", "D"),
     "BMRS_U-4": Look(r"BMRS$_\mathcal{U}$-4", "#009E73", "P"),
+    "free_form": Look("free form", "#6A3D9A", "H"),
+    "random": Look("random", "#BBBBBB", "x"),
     "tp_magnitude": Look("torch-pruning, magnitude", "#D55E00", "<"),
     "tp_taylor": Look("torch-pruning, Taylor", "#D55E00", ">"),
     "tp_group_norm": Look("torch-pruning, group norm", "#D55E00", "X"),
