@@ -465,7 +465,7 @@ REFUSED = {
 # Without anything to attach noise to; all others offer something, and what they offer is exact.
 NOTHING = {
     "spectral norm between", "old spectral norm between", "channel shuffle", "channel shuffle by chunk",
-    "slice assigned", "slice of the input assigned", "every second changed",
+    "slice assigned", "slice of the input assigned", "every second changed", "tied transposed",
 }  # fmt: skip
 
 
