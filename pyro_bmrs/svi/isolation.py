@@ -6,11 +6,19 @@ from contextlib import contextmanager
 
 import pyro
 import torch
+from pyro import distributions, infer, poutine
 from torch import nn
 
 __all__ = ["isolated"]
 
 _FITTING = threading.RLock()
+_SWITCHES = [
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (distributions.is_validation_enabled, distributions.enable_validation),
+    (infer.is_validation_enabled, infer.enable_validation),
+    (poutine.is_validation_enabled, poutine.enable_validation),
+]
 _modules: list[nn.Module] = []  # those that are being fitted now
 
 
@@ -21,7 +29,8 @@ def isolated(modules: Sequence[nn.Module]) -> Iterator[None]:
     Pyro's handlers and torch's random state are global, so that two fits in two threads would corrupt each other: the
     second one waits until the first has ended. A fit inside another one's callbacks may run, but not on the same model.
 
-    Afterwards Pyro's handlers are those of before. If the fit fails or is interrupted, the train mode and
+    Afterwards Pyro's handlers and the switches of torch and Pyro are those of before: an interruption may come between
+    the moment when a ``with`` statement throws such a switch and its block. If the fit fails or is interrupted, the train mode and
     ``requires_grad`` of every module and the random state are too.
 
     Args:
@@ -36,6 +45,7 @@ def isolated(modules: Sequence[nn.Module]) -> Iterator[None]:
         modes = [(each, each.training) for module in modules for each in module.modules()]
         trained = [(each, each.requires_grad) for module in modules for each in module.parameters()]
         handlers, random = list(pyro.poutine.runtime._PYRO_STACK), torch.get_rng_state()
+        switches = [(throw, state()) for state, throw in _SWITCHES]
         _modules.extend(modules)
         try:
             yield
@@ -47,5 +57,7 @@ def isolated(modules: Sequence[nn.Module]) -> Iterator[None]:
             torch.set_rng_state(random)
             raise
         finally:
+            for throw, state in switches:
+                throw(state)
             pyro.poutine.runtime._PYRO_STACK[:] = handlers
             del _modules[len(_modules) - len(modules) :]

@@ -27,6 +27,9 @@ def around(model, guide):
         list(pyro.poutine.runtime._PYRO_STACK),
         torch.is_grad_enabled(),
         torch.distributions.Distribution._validate_args,
+        torch.backends.mha.get_fastpath_enabled(),
+        pyro.infer.is_validation_enabled(),
+        pyro.poutine.is_validation_enabled(),
     )
 
 
@@ -62,6 +65,24 @@ def test_an_interruption_leaves_modes_gradients_and_random_state_as_they_were(wh
     before = around(model, guide)
     with pytest.raises(KeyboardInterrupt):
         bmrs.fit(model, guide, (x, y), callbacks=[Interrupt(where)], seed=seed, **QUICK)
+    assert around(model, guide) == before
+
+
+class Switches(bmrs.Callback):
+    """Is interrupted while it throws every switch that there is."""
+
+    def on_epoch_end(self, record):
+        torch.set_grad_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(not torch.backends.mha.get_fastpath_enabled())
+        pyro.enable_validation(not pyro.infer.is_validation_enabled())
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_while_a_switch_is_thrown_leaves_it_as_it_was():
+    model, guide = small_classifier()
+    before = around(model, guide)
+    with pytest.raises(KeyboardInterrupt):
+        bmrs.fit(model, guide, blobs(), callbacks=[Switches()], **QUICK)
     assert around(model, guide) == before
 
 
