@@ -30,8 +30,8 @@ def isolated(modules: Sequence[nn.Module]) -> Iterator[None]:
     second one waits until the first has ended. A fit inside another one's callbacks may run, but not on the same model.
 
     Afterwards Pyro's handlers and the switches of torch and Pyro are those of before: an interruption may come between
-    the moment when a ``with`` statement throws such a switch and its block. If the fit fails or is interrupted, the train mode and
-    ``requires_grad`` of every module and the random state are too.
+    the moment when a ``with`` statement throws such a switch and its block. If the fit fails or is interrupted, the
+    train mode and ``requires_grad`` of every module and the random state are too.
 
     Args:
         modules: What is fitted.
