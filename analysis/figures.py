@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from analysis.drawing.figure_style import METHODS, figure_style, is_left, panel_grid, panel_title, save_figure
 from analysis.drawing.tradeoff import of_summary, panels, seed_groups, summarise, summary, tradeoff
-from analysis.runs.config import METHODS as METHODS_OF_ALL
+from analysis.runs.config import METHODS as STUDIED
 from analysis.runs.recipes import make_config
 from analysis.runs.store import RunResult, read_results
 
@@ -74,10 +74,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         known = [result for result in own if result["config"]["method"] in METHODS]  # not BMRS_U of any p1
         chosen[f"post_training_{recipe}"] = post_training, [result for result in known if "curve" in result]
         # Those of a method that other runs do not have say the rest of them again.
-        usual = {*METHODS_OF_ALL}
-        correlated = [
-            each for each in known if usual.issuperset(each.get("rank_correlation", {}).get("methods", ["-"]))
-        ]
+        with_correlations = [each for each in known if "rank_correlation" in each]
+        correlated = [each for each in with_correlations if set(each["rank_correlation"]["methods"]) <= set(STUDIED)]
         chosen[f"rank_correlation_{recipe}"] = rank_heatmaps, correlated
         chosen[f"precision_{recipe}"] = precision_sweep, _swept([result for result in own if result in continuous])
     paths = []

@@ -55,7 +55,7 @@ def baselines_beside(
         results: Of any runs.
         datasets: Which to take.
         networks: Which to take.
-        methods: Of ``BASELINES``, or any of ours, which then prunes to that size.
+        methods: Of ``BASELINES``, or of ``METHODS`` and ``OTHERS``, which then prune to that size.
         seeds: Of the baselines. Where one of them is not among our runs, those of its data set, network and weight of
             the KL do not count.
         kl_weights: Of our runs; none for all that there are.

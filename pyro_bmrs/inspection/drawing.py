@@ -46,8 +46,8 @@ def by_site(
 ) -> dict[str, Tensor]:
     """Return ``values``, which must be a real tensor for each site, of the sites and shapes of ``like``, to draw."""
     if not isinstance(values, Mapping):
-        hint = f"; pass its .{name}" if hasattr(values, name) else ""
-        hint = "; evidence_changes(guide) returns such" if name == "delta_f" else hint
+        source = "; evidence_changes(guide) returns such" if name == "delta_f" else ""
+        hint = f"; pass its .{name}" if hasattr(values, name) else source
         raise TypeError(f"{name} must map sites to tensors, but got {described(values)}{hint}")
     if not values or (like is not None and values.keys() != like.keys()):
         wanted = "at least one site" if like is None else f"the sites {list(like)}"

@@ -20,7 +20,7 @@ from pyro_bmrs.numerics import can_branch_on
 from pyro_bmrs.structures.points import NoiseError, NoisePoint, noise_points
 from pyro_bmrs.structures.removal import aligned
 
-__all__ = ["MultiplicativeNoise", "Pass", "noise_layers"]
+__all__ = ["MultiplicativeNoise", "PendingPass", "noise_layers"]
 
 
 class MultiplicativeNoise(NoisePoint):
@@ -81,7 +81,7 @@ class MultiplicativeNoise(NoisePoint):
         _check_rebuilt(prior, self._rebuilt_prior)
         self._declared: _Declaration | None = None
         self._watchers: list[Callable[[str, tuple[int, ...]], None]] = []
-        self._waiting: list[weakref.ref[Pass]] = []
+        self._waiting: list[weakref.ref[PendingPass]] = []
         self._held: dict[str, Tensor] = {}  # a dictionary, since setting a module's attributes is slow
 
     @property
@@ -210,7 +210,7 @@ class MultiplicativeNoise(NoisePoint):
         finally:
             self._watchers.remove(record)
 
-    def hold(self, theta: Tensor, masked: bool, waiting: "Pass | None") -> None:
+    def hold(self, theta: Tensor, masked: bool, waiting: "PendingPass | None") -> None:
         """Take the noise of the forward pass that begins.
 
         Args:
@@ -294,7 +294,7 @@ class MultiplicativeNoise(NoisePoint):
         return f"{self.size}, prior={self._prior_type.__name__}, dim={self.dim}"
 
 
-class Pass:
+class PendingPass:
     """A forward pass whose gradient is to come; called when it has been computed, after which none of it runs again."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pyro_bmrs.model.noise import MultiplicativeNoise, Pass
+from pyro_bmrs.model.noise import MultiplicativeNoise, PendingPass
 from pyro_bmrs.numerics import can_branch_on
 
 __all__ = ["supply_noise"]
@@ -29,7 +29,7 @@ def supply_noise(
         values: For each site a tensor of shape ``(*leading, size)``.
         masked: Whether structures that have been removed are to be at 0 whatever the values.
     """
-    known: dict[int, tuple[Tensor, Pass | None]] = {}  # one for all noise that was drawn as one tensor
+    known: dict[int, tuple[Tensor, PendingPass | None]] = {}  # one for all noise that was drawn as one tensor
     try:
         for site, layer in layers.items():
             theta = values[site]
@@ -44,12 +44,12 @@ def supply_noise(
             layer.release()
 
 
-def _waiting_for(theta: Tensor) -> Pass | None:
+def _waiting_for(theta: Tensor) -> PendingPass | None:
     """Return a pass that lives as long as its noise and knows when that has its gradient; None if it will have none."""
     if not (theta.requires_grad and torch.is_grad_enabled() and can_branch_on(theta, on_device=True)):
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:  # mapped over replicas
         return None
-    waiting = Pass()
+    waiting = PendingPass()
     theta.register_hook(waiting)
     return waiting
