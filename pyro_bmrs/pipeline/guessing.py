@@ -46,10 +46,14 @@ def guessed(output: Any, y: Tensor) -> Likelihood:
         return categorical
     if y.dim() > 1 and output.shape[:-1] == y.shape:
         return partial(_of_positions, y.dim() - 1)
+    images = (
+        "for images of labels, with the classes in dimension 1, use likelihood=lambda out: "
+        "pyro.distributions.Categorical(logits=out.movedim(1, -1)).to_event(2)"
+    )
+    columns = "for one label per example give labels of shape (n,): y.squeeze(1), or y.argmax(1) of one-hot rows"
     raise ValueError(
         f"the network's outputs are of shape {tuple(output.shape)} for observations of {tuple(y.shape)}, which leaves "
-        "open where the classes are: for images of labels, with the classes in dimension 1, use likelihood=lambda out: "
-        "pyro.distributions.Categorical(logits=out.movedim(1, -1)).to_event(2)"
+        f"open where the classes are: {columns if output.dim() == y.dim() == 2 else images}"
     )
 
 
